@@ -1,0 +1,1 @@
+"""Engine: neighbourhoods of cells, arrays in and arrays out."""
