@@ -45,6 +45,10 @@ NICHE = Key("obs", "niche", "categorical, K categories; colours in uns", "tl.dis
 CONFIDENCE = Key(
     "obs", "niche_confidence", "float32 in (0, 1], the student's largest probability", "tl.distill_niches, tl.predict_niches"
 )
+HISTORY = Key(
+    "uns", "niche_history", "``teacher`` and ``student``: one 1-d array per figure, one value per step", "tl.nolan, tl.distill_niches"
+)
+MODEL = Key("uns", "niche_model", "path of the student's model directory", "tl.distill_niches")
 EVALUATION = Key("uns", "niche_evaluation", "DataFrame, one row per model, on the test cells", "tl.evaluate_niches")
 PROVENANCE = Key("uns", "histoniche", "one entry per step: parameters, versions, seed, input keys", "every function")
 

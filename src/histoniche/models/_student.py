@@ -1,0 +1,339 @@
+"""The student: niche logits from the histology of a neighbourhood."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from histoniche._compute import to_device
+from histoniche._random import isolated_rng
+from histoniche.neighbors import NeighborGraph, Neighborhoods, padded_neighborhoods
+
+from ._directory import read_directory, write_directory
+from ._features import FeatureSource, rotate, take
+from ._losses import distillation_loss
+from ._predict import predict_neighborhoods
+from ._training import epoch_batches, train
+from ._transformer import NeighborhoodTransformer, masked_mean
+
+_STATISTICS_CELLS = 50_000
+
+
+class StudentModule(nn.Module):
+    """Transformer over the histology of a neighbourhood, beside a linear path.
+
+    ``logits = A x_cell + B mean(x) + C transformer(x)``. The first two terms are the linear probe on cell and
+    neighbourhood mean, the strongest simple baseline; C starts at zero, so the Transformer learns what the probe
+    cannot say.
+
+    Parameters
+    ----------
+    n_features, n_niches
+        Length of a cell's features, and K.
+    width, depth, heads
+        Size of the Transformer.
+    dropout
+        Share of the features of a token that are dropped in training.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, n_features: int, n_niches: int, *, width: int, depth: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(n_features))
+        self.register_buffer("std", torch.ones(n_features))
+        self.width, self.n_niches = width, n_niches
+        self.dropout = nn.Dropout(dropout)
+        self.embed = nn.Linear(n_features, width)
+        self.probe_cell = nn.Linear(n_features, n_niches)
+        self.probe_mean = nn.Linear(n_features, n_niches, bias=False)
+        self.transformer = NeighborhoodTransformer(width, depth, heads)
+        self.out = nn.Linear(width, n_niches)
+        for layer in (self.probe_cell, self.probe_mean, self.out):
+            nn.init.zeros_(layer.weight)
+
+    def project(self, features: Tensor) -> Tensor:
+        """What a neighbourhood needs of each cell, (..., width + 2 K)."""
+        x = self.dropout((features - self.mean) / self.std)
+        return torch.cat([self.embed(x), self.probe_cell(x), self.probe_mean(x)], dim=-1)
+
+    def niches(self, projected: Tensor, offsets: Tensor, mask: Tensor) -> Tensor:
+        """Logits (B, K) of neighbourhoods of projected cells."""
+        tokens, cell, mean = projected.split([self.width, self.n_niches, self.n_niches], dim=-1)
+        return cell[:, 0] + masked_mean(mean, mask) + self.out(self.transformer(tokens, offsets, mask))
+
+    def forward(self, features: Tensor, offsets: Tensor, mask: Tensor) -> Tensor:
+        """Logits (B, K) of neighbourhoods: features (B, T, d), offsets (B, T, 2) in radii, mask (B, T)."""
+        return self.niches(self.project(features), offsets, mask)
+
+
+@dataclass
+class StudentConfig:
+    """What a student is made of and what it must be given.
+
+    Attributes
+    ----------
+    n_features, n_niches
+        Length of a cell's features, and K.
+    radius
+        Radius of the neighbourhoods in um.
+    contract
+        How the features were made (encoder, revision, pooling, um/px, field of view, normalisation, ...).
+    niches
+        Names of the niches.
+    temperature
+        tau of the loss.
+    width, depth, heads, dropout
+        Size of the Transformer.
+    training
+        Settings of the training, and figures measured, for the model card.
+    """
+
+    n_features: int
+    n_niches: int
+    radius: float
+    contract: dict[str, Any] = field(default_factory=dict)
+    niches: list[str] = field(default_factory=list)
+    temperature: float = 2.0
+    width: int = 96
+    depth: int = 2
+    heads: int = 4
+    dropout: float = 0.1
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+class NicheStudent:
+    """A trained student: predicts niches from histology features and positions.
+
+    Parameters
+    ----------
+    config
+        Configuration.
+
+    Attributes
+    ----------
+    config
+        Configuration, with the feature contract.
+    module
+        The torch module.
+    history
+        Figures of the training, one list per figure and one value per step; empty after loading.
+    """
+
+    def __init__(self, config: StudentConfig) -> None:
+        self.config = config
+        self.history: dict[str, list[float]] = {}
+        if not config.niches:
+            config.niches = [str(k) for k in range(config.n_niches)]
+        with isolated_rng(int(config.training.get("seed", 0))):
+            self.module = StudentModule(
+                config.n_features,
+                config.n_niches,
+                width=config.width,
+                depth=config.depth,
+                heads=config.heads,
+                dropout=config.dropout,
+            ).eval()
+
+    def __repr__(self) -> str:
+        """One line: niches, features and radius."""
+        c = self.config
+        encoder = c.contract.get("encoder", "unknown")
+        return f"NicheStudent(n_niches={c.n_niches}, encoder={encoder!r}, radius={c.radius:.1f} um)"
+
+    def fit(
+        self,
+        features: np.ndarray | FeatureSource,
+        graph: NeighborGraph,
+        xy: np.ndarray,
+        teacher_logits: np.ndarray,
+        *,
+        train_cells: np.ndarray | None = None,
+        n_steps: int = 1500,
+        batch_size: int = 256,
+        lr: float = 1e-3,
+        weight_decay: float = 0.05,
+        max_tokens: int = 32,
+        keep: float = 0.8,
+        seed: int = 0,
+        description: str = "student",
+    ) -> NicheStudent:
+        """Train on the teacher's logits.
+
+        Parameters
+        ----------
+        features
+            (n, d) histology features.
+        graph
+            Neighbour graph at the radius of the configuration.
+        xy
+            (n, 2) centroids in um.
+        teacher_logits
+            (n, K); their softmax is the teacher's assignment. Only those of training cells are read.
+        train_cells
+            (n,) bool; all by default.
+        n_steps, batch_size, lr, weight_decay
+            Schedule of the optimiser.
+        max_tokens, keep
+            Most cells, and the share of the neighbours, that a training neighbourhood keeps.
+        seed
+            Seed of everything random.
+        description
+            Text of the progress bar.
+
+        Returns
+        -------
+        The student itself.
+        """
+        rows = np.arange(graph.n_cells) if train_cells is None else np.flatnonzero(train_cells)
+        config = self.config
+        self._standardise(features, rows, seed)
+        batches = epoch_batches(rows, batch_size, seed)
+
+        def make(step: int) -> tuple[np.ndarray, Neighborhoods, np.ndarray]:
+            centers = batches(step)
+            n = padded_neighborhoods(
+                graph, xy, centers, config.radius, max_tokens=max_tokens, keep=keep, seed=seed * 1_000_003 + step
+            )
+            n = n._replace(offsets=rotate(n.offsets, np.random.default_rng([seed, 2, step])))
+            return take(features, n.index), n, teacher_logits[centers].astype(np.float32)
+
+        def loss(
+            module: nn.Module, batch: tuple[np.ndarray, Neighborhoods, np.ndarray], device: torch.device
+        ) -> tuple[Tensor, dict[str, float]]:
+            tokens, n, wanted = (batch[0], batch[1], to_device(batch[2], device))
+            logits = module(to_device(tokens, device), to_device(n.offsets, device), to_device(n.mask, device))
+            agreement = (logits.detach().argmax(1) == wanted.argmax(1)).float().mean().item()
+            return distillation_loss(logits.float(), wanted, config.temperature), {"agreement": agreement}
+
+        with isolated_rng(seed):
+            self.history = train(
+                self.module, make, loss, n_steps=n_steps, lr=lr, weight_decay=weight_decay, description=description
+            )
+        self.module.eval().cpu()
+        return self
+
+    def _standardise(self, features: np.ndarray | FeatureSource, rows: np.ndarray, seed: int) -> None:
+        if len(rows) > _STATISTICS_CELLS:
+            rows = np.sort(np.random.default_rng(seed).choice(rows, _STATISTICS_CELLS, replace=False))
+        sample = take(features, rows)
+        self.module.mean.copy_(torch.from_numpy(sample.mean(axis=0)))
+        # A feature that never changes says nothing: it is centred to zero and not blown up.
+        std = sample.std(axis=0)
+        self.module.std.copy_(torch.from_numpy(np.where(std > 1e-6, std, 1.0).astype(np.float32)))
+
+    def predict(
+        self, features: np.ndarray | FeatureSource, graph: NeighborGraph, xy: np.ndarray, *, batch_size: int = 512
+    ) -> np.ndarray:
+        """Niche logits of all cells.
+
+        Parameters
+        ----------
+        features
+            (n, d) histology features, made as the contract says.
+        graph
+            Neighbour graph at the radius of the configuration.
+        xy
+            (n, 2) centroids in um.
+        batch_size
+            Cells at a time; the result does not depend on it.
+
+        Returns
+        -------
+        (n, K) float32; their softmax is the predicted assignment.
+        """
+        if features.shape[1] != self.config.n_features:
+            msg = f"The features have {features.shape[1]} columns; the student was trained on {self.config.n_features}."
+            raise ValueError(msg)
+        return predict_neighborhoods(
+            self.module, features, graph, xy, radius=self.config.radius, batch_size=batch_size, description="predict"
+        )
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write ``config.json``, ``model.safetensors`` and ``README.md`` (the model card) to a directory.
+
+        Parameters
+        ----------
+        path
+            Directory, made where it does not exist.
+        overwrite
+            Whether a model that lies there is replaced.
+
+        Raises
+        ------
+        FileExistsError
+            The directory holds a model and ``overwrite`` is false, or holds something else.
+        """
+        config = {"class": type(self).__name__, "weights_sha256": self.digest, **asdict(self.config)}
+        write_directory(Path(path), config, self.module.state_dict(), self.card(), overwrite=overwrite)
+
+    @classmethod
+    def load(cls, path: str | Path) -> NicheStudent:
+        """Read a model directory; executes no code from it.
+
+        Parameters
+        ----------
+        path
+            Directory that :meth:`save` wrote.
+
+        Returns
+        -------
+        The student.
+
+        Raises
+        ------
+        FileNotFoundError
+            The directory or one of its files is missing.
+        ValueError
+            The files are damaged, do not belong together, or hold another class.
+        """
+        path = Path(path)
+        config, weights = read_directory(path, cls.__name__)
+        wanted = {name: config.get(name) for name in StudentConfig.__dataclass_fields__}
+        missing = [name for name, value in wanted.items() if value is None]
+        if missing:
+            msg = f"Model directory {str(path)!r} is damaged: config.json lacks {missing}. Copy or train the model again."
+            raise ValueError(msg)
+        student = cls(StudentConfig(**wanted))
+        try:
+            student.module.load_state_dict(weights)
+        except RuntimeError as error:
+            msg = f"Model directory {str(path)!r} is damaged: weights do not fit config.json ({error})."
+            raise ValueError(msg) from error
+        if config.get("weights_sha256") != student.digest:
+            msg = f"Model directory {str(path)!r} is damaged: the weights are not those that config.json names (sha256)."
+            raise ValueError(msg)
+        return student
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the weights."""
+        sha = hashlib.sha256()
+        for name, tensor in sorted(self.module.state_dict().items()):
+            sha.update(name.encode())
+            sha.update(np.ascontiguousarray(tensor.detach().cpu().numpy()).tobytes())
+        return sha.hexdigest()
+
+    def card(self) -> str:
+        """Model card: what the student is, what it needs, what was measured."""
+        c = self.config
+        rows = [f"| {name} | {value} |" for name, value in c.contract.items()]
+        figures = [f"| {name} | {value} |" for name, value in c.training.items()]
+        return "\n".join(
+            [
+                "# Niche student", "",
+                f"Predicts {c.n_niches} tissue niches of cells from the histology features of their neighbourhoods.", "",
+                f"Neighbourhood: all cells within {c.radius:.2f} um. Names: {', '.join(c.niches)}.", "",
+                "## Features it must be given", "", "| field | value |", "|---|---|", *rows, "",
+                "## Training", "", "| field | value |", "|---|---|", *figures, "",
+                "Use: `hn.tl.predict_niches(sdata, model)`. Research use; not a medical device.",
+                "The licence of the encoder may reach this model.", "",
+            ]
+        )  # fmt: skip

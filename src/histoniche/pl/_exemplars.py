@@ -1,0 +1,154 @@
+"""What niches look like."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import dask
+import dask.array as da
+import matplotlib.pyplot as plt
+import numpy as np
+
+from histoniche import _keys
+from histoniche._sdata import Image, coordinates, image, open_target
+
+from ._shared import finish, format_length, level_for, niches, obs_column
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from matplotlib.figure import Figure
+    from spatialdata import SpatialData
+
+_CROP_PX = 160
+"""Crops are read from the coarsest level of the pyramid that has at least this many pixels for one."""
+_CANDIDATES = 0.1
+"""Exemplars come from this share of a niche's cells, the most confident ones."""
+_HALVINGS = 12
+
+
+def exemplars(
+    sdata: SpatialData,
+    *,
+    image_key: str | None = None,
+    niche_key: str = "niche",
+    by: str | None = str(_keys.CONFIDENCE),
+    n: int = 6,
+    field_of_view: float = 112.0,
+    spatial_key: str = "spatial",
+    figsize: tuple[float, float] | None = None,
+    save: str | Path | None = None,
+    table_key: str | None = None,
+) -> Figure:
+    """Plot crops of the image around typical cells of every niche, one row per niche.
+
+    Typical are cells with a high value of ``by``; from the highest tenth those are taken that lie apart.
+    Only the crops are read from the image.
+
+    Parameters
+    ----------
+    sdata
+        SpatialData with table and image.
+    image_key
+        Name of the image; may be left out where there is just one.
+    niche_key
+        Categorical column of ``obs`` with niches.
+    by
+        Numerical column of ``obs`` that ranks the cells; with ``None`` the order of the table does.
+    n
+        Number of crops per niche.
+    field_of_view
+        Side of a crop in um.
+    spatial_key
+        Entry of ``obsm`` with the centroids in um.
+    figsize
+        Size of the figure in inches.
+    save
+        File to save the figure to, which is then closed.
+    table_key
+        Name of the table.
+
+    Returns
+    -------
+    The figure; nothing is written to ``sdata``. Niches without a cell whose crop lies within the image have no row.
+
+    Raises
+    ------
+    KeyError
+        A column, the table or the image is missing.
+    ValueError
+        No crop lies within the image, ``n`` or ``field_of_view`` is not positive.
+    """
+    target = open_target(sdata, table_key=table_key, copy=False)
+    if n < 1 or not field_of_view > 0:
+        msg = f"n={n} crops of field_of_view={field_of_view} um: both must be positive."
+        raise ValueError(msg)
+    niche = niches(target.table, niche_key)
+    rank = np.zeros(len(niche.codes)) if by is None else obs_column(target.table, by).to_numpy(dtype=np.float64)
+    xy = coordinates(target, spatial_key)
+    source = image(target.sdata, image_key)
+    inside = _inside(source, xy, field_of_view)
+    chosen = {}
+    for k in range(len(niche.names)):
+        cells = np.flatnonzero((niche.codes == k) & inside & np.isfinite(rank))
+        if len(cells):
+            chosen[k] = cells[_spread(xy[cells], rank[cells], n)]
+    if not chosen:
+        msg = f"No crop of {field_of_view:g} um around a cell lies within images[{source.key!r}]: choose a smaller field_of_view."
+        raise ValueError(msg)
+    crops = iter(_crops(source, xy[np.concatenate(list(chosen.values()))], field_of_view))
+    size = figsize or (1.1 * n + 0.8, 1.1 * len(chosen) + 0.4)
+    figure, axes = plt.subplots(len(chosen), n, figsize=size, squeeze=False, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.02, hspace=0.02)
+    for row, (k, cells) in zip(axes, chosen.items(), strict=True):
+        for ax in row:
+            ax.set_xticks([])
+            ax.set_yticks([])
+            ax.spines[:].set_visible(False)
+        for ax, _ in zip(row, cells, strict=False):
+            ax.imshow(next(crops), extent=(0, field_of_view, field_of_view, 0), interpolation="antialiased")
+        row[0].set_ylabel(
+            niche.names[k], rotation=0, ha="right", va="center", labelpad=8, fontsize=9,
+            bbox={"boxstyle": "square,pad=0.3", "fc": niche.colors[k], "ec": "none"},
+            color="white" if niche.colors[k][:3] @ [0.299, 0.587, 0.114] < 0.6 else "black",
+        )  # fmt: skip
+    figure.suptitle(f"{niche_key}: crops of {format_length(field_of_view)}", fontsize=9)
+    return finish(figure, save)
+
+
+def _inside(source: Image, xy: np.ndarray, field_of_view: float) -> np.ndarray:
+    """Cells whose crop lies within the image, (n,) bool."""
+    px, half = source.to_px(xy), field_of_view / source.um_per_px / 2
+    height, width = source.pyramid[0].shape[1:]
+    return np.asarray(((px >= half) & (px <= np.array([width, height]) - half)).all(axis=1))
+
+
+def _spread(xy: np.ndarray, rank: np.ndarray, n: int) -> np.ndarray:
+    """Positions of n cells of high rank, in this order, that lie apart: the distance asked for is halved until n do."""
+    order = np.argsort(-rank, kind="stable")
+    if len(order) <= n:
+        return order
+    order = order[: max(n, int(_CANDIDATES * len(order)))]
+    points = xy[order]
+    apart = float(np.linalg.norm(np.ptp(points, axis=0))) / 2
+    for _ in range(_HALVINGS):
+        chosen: list[int] = []
+        near = np.zeros(len(order), dtype=bool)
+        while len(chosen) < n and not near.all():
+            chosen.append(int(near.argmin()))
+            near |= np.linalg.norm(points - points[chosen[-1]], axis=1) <= apart
+        if len(chosen) == n:
+            return order[chosen]
+        apart /= 2
+    return order[:n]
+
+
+def _crops(source: Image, xy: np.ndarray, field_of_view: float) -> list[np.ndarray]:
+    """Crops (side, side, 3) around cells, read in one go."""
+    level = source.pyramid[level_for(source, field_of_view / _CROP_PX)]
+    shrink = np.array([level.shape[2] / source.pyramid[0].shape[2], level.shape[1] / source.pyramid[0].shape[1]])
+    side = max(1, round(field_of_view / source.um_per_px * float(shrink[0])))
+    corner = np.round(source.to_px(xy) * shrink - side / 2).astype(int)
+    corner = np.clip(corner, 0, np.maximum(np.array([level.shape[2], level.shape[1]]) - side, 0))
+    lazy: list[da.Array] = [level[:, y : y + side, x : x + side] for x, y in corner.tolist()]
+    return [np.asarray(crop).transpose(1, 2, 0) for crop in dask.compute(*lazy)]

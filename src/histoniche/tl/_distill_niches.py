@@ -1,0 +1,286 @@
+"""The main job: teach a student to see the teacher's niches in the histology."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from histoniche import _keys, encoders
+from histoniche._sdata import (
+    Target,
+    check_inside,
+    coordinates,
+    features,
+    graph,
+    image,
+    need_graph,
+    open_target,
+    origin,
+    train_mask,
+)
+from histoniche._settings import settings
+from histoniche.models import NicheStudent, StudentConfig
+from histoniche.models._directory import check_free
+from histoniche.pp import spatial_neighbors
+
+from ._histology_embedding import histology_embedding
+from ._molecular_embedding import molecular_embedding, raw_counts
+from ._niches import check_n_niches, confidence, niche_columns
+from ._nolan import nolan
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+
+def distill_niches(
+    data: SpatialData | AnnData,
+    *,
+    n_niches: int = 10,
+    image_key: str | None = None,
+    encoder: str = "uni2-h",
+    mode: Literal["crop", "dense"] = "crop",
+    features_key: str | None = None,
+    use_rep: str = "X_scVI",
+    target_neighbors: float = 50,
+    temperature: float = 2.0,
+    width: int = 96,
+    depth: int = 2,
+    n_steps: int = 1500,
+    batch_size: int = 256,
+    lr: float = 1e-3,
+    store: str | Path | None = None,
+    model_dir: str | Path | None = None,
+    overwrite: bool = False,
+    split_key: str = "split",
+    spatial_key: str = "spatial",
+    seed: int = 0,
+    table_key: str | None = None,
+    copy: bool = False,
+) -> SpatialData | AnnData | None:
+    """Distil molecular niches into a student that needs the histology alone.
+
+    Runs whichever step before it is missing, with its defaults: :func:`~histoniche.pp.spatial_neighbors`,
+    :func:`~histoniche.tl.histology_embedding`, :func:`~histoniche.tl.molecular_embedding` and
+    :func:`~histoniche.tl.nolan`. What is there already is used as it is. Then a Transformer over the histology of a
+    cell's neighbourhood learns the teacher's soft assignment on the training cells, and predicts **all** cells.
+
+    Parameters
+    ----------
+    data
+        SpatialData object with image and counts; or an AnnData that has the histology embedding already.
+    n_niches
+        Number of niches K.
+    image_key
+        Name of the H&E; may be left out where there is just one image.
+    encoder, mode, store
+        Given to :func:`~histoniche.tl.histology_embedding` where the embedding is missing.
+    features_key
+        Entry of ``obsm`` with the histology embedding; by default that of the encoder.
+    use_rep
+        Entry of ``obsm`` with the molecular embedding. ``"X_scVI"`` and ``"X_niche_pca"`` are made where missing.
+    target_neighbors
+        Given to :func:`~histoniche.pp.spatial_neighbors` where the graph is missing.
+    temperature
+        tau of the loss.
+    width, depth
+        Size of the student's Transformer.
+    n_steps, batch_size, lr
+        Training of the student.
+    model_dir
+        Directory for the student; by default one in ``hn.settings.cache_dir``, named after its weights.
+    overwrite
+        Whether a model that lies in ``model_dir`` is replaced.
+    split_key
+        Column of ``obs`` with the split; only training cells are learnt from. Without it, all cells.
+    spatial_key
+        Entry of ``obsm`` with the centroids in um.
+    seed
+        Seed of everything random.
+    table_key
+        Name of the table.
+    copy
+        Whether to return a copy instead of writing to ``data``.
+
+    Returns
+    -------
+    ``None``, or the copy. Reads the fields of the steps before it. Writes what they write where they are missing, and:
+
+    ``obs["niche"]``
+        Categorical with the K categories of the teacher, colours in ``uns["niche_colors"]``.
+    ``obs["niche_confidence"]``
+        float32 in (0, 1], the largest probability of the student.
+    ``obsm["niche_logits"]``
+        (n, K) float32.
+    ``uns["niche_model"]``
+        Path of the model directory: ``hn.models.NicheStudent.load(path)``.
+    ``uns["niche_history"]["student"]``
+        Loss (nats) and agreement with the teacher on the training batch, of each step.
+    ``uns["histoniche"]["distill_niches"]``
+        Provenance.
+
+    Raises
+    ------
+    KeyError, ValueError, TypeError
+        Any input that is missing or wrong, named with its value and what to do; checked before the first step runs.
+    FileExistsError
+        ``model_dir`` holds a model, or something else.
+
+    References
+    ----------
+    Cross-modal knowledge distillation from spatial transcriptomics to histology, arXiv 2604.09076. The loss is
+    ``tau^2 * mean_i KL(p_i^teacher || p_i^student)`` at temperature tau.
+    """
+    target = open_target(data, table_key=table_key, copy=copy)
+    features_key = features_key or _keys.histology(encoder)
+    missing = _check(
+        target, n_niches, image_key, encoder, features_key, use_rep, model_dir,
+        overwrite=overwrite, split_key=split_key, spatial_key=spatial_key,
+    )  # fmt: skip
+    shared = {"spatial_key": spatial_key, "table_key": table_key}
+    if "graph" in missing:
+        spatial_neighbors(target.data, target_neighbors=target_neighbors, split_key=split_key, seed=seed, **shared)
+    if "histology" in missing:
+        histology_embedding(
+            target.sdata, image_key=image_key, encoder=encoder, mode=mode, store=store, key_added=features_key, **shared
+        )
+    if "molecules" in missing:
+        molecular_embedding(
+            target.data, method="scvi" if use_rep == str(_keys.SCVI) else "pca", split_key=split_key, seed=seed,
+            table_key=table_key,
+        )  # fmt: skip
+    if "teacher" in missing:
+        nolan(target.data, n_niches=n_niches, use_rep=use_rep, split_key=split_key, seed=seed, **shared)
+
+    table = target.table
+    neighbor_graph, radius = need_graph(table)
+    xy = coordinates(target, spatial_key)
+    histology = features(table, features_key)
+    teacher_logits = features(table, str(_keys.TEACHER_LOGITS))
+    train = train_mask(table, split_key)
+    config = StudentConfig(
+        n_features=histology.shape[1],
+        n_niches=n_niches,
+        radius=radius,
+        contract=contract_of(table, features_key),
+        niches=list(table.obs[str(_keys.TEACHER)].cat.categories),
+        temperature=temperature,
+        width=width,
+        depth=depth,
+        training={
+            "n_cells": int(train.sum()), "n_steps": n_steps, "batch_size": batch_size, "lr": lr, "seed": seed,
+            "mean_neighbors": float(neighbor_graph.counts[train].mean()),
+        },
+    )  # fmt: skip
+    student = NicheStudent(config).fit(
+        histology, neighbor_graph, xy, teacher_logits,
+        train_cells=train, n_steps=n_steps, batch_size=batch_size, lr=lr, seed=seed,
+    )  # fmt: skip
+    logits = student.predict(histology, neighbor_graph, xy)
+    agree = logits.argmax(1) == teacher_logits.argmax(1)
+    config.training["agreement_train"] = round(float(agree[train].mean()), 4)
+    test = ~train & _is_test(table, split_key)
+    if test.any():
+        config.training["agreement_test"] = round(float(agree[test].mean()), 4)
+    place = Path(model_dir) if model_dir is not None else settings.cache_dir / "models" / student.digest[:16]
+    student.save(place, overwrite=overwrite or model_dir is None)
+
+    obs, uns = niche_columns(logits, str(_keys.NICHE), config.niches)
+    uns[str(_keys.MODEL)] = str(place.resolve())
+    uns[str(_keys.HISTORY)] = {
+        **table.uns.get(str(_keys.HISTORY), {}),
+        "student": {name: np.asarray(values, dtype=np.float32) for name, values in student.history.items()},
+    }
+    return target.write(
+        "distill_niches",
+        params={
+            "n_niches": n_niches, "temperature": temperature, "width": width, "depth": depth, "n_steps": n_steps,
+            "batch_size": batch_size, "lr": lr, "seed": seed, "radius": radius, "weights_sha256": student.digest,
+        },
+        inputs={
+            "features": features_key, "teacher": str(_keys.TEACHER_LOGITS), "split_key": split_key,
+            "spatial_key": spatial_key, "image_key": image_key,
+        },
+        obs={**obs, str(_keys.CONFIDENCE): confidence(logits)},
+        obsm={str(_keys.LOGITS): logits},
+        uns=uns,
+    )  # fmt: skip
+
+
+def contract_of(table: AnnData, features_key: str) -> dict[str, Any]:
+    """How an embedding was made: the contract that its step recorded; for an embedding of unknown origin, its name."""
+    entry = origin(table, "obsm", features_key)
+    if entry is None or "contract" not in entry["params"]:
+        return {"encoder": f"obsm[{features_key!r}], of unknown origin"}
+    return {name: _plain(value) for name, value in entry["params"]["contract"].items()}
+
+
+def _plain(value: Any) -> Any:
+    """Python's own types for what has been through h5ad or zarr."""
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _is_test(table: AnnData, split_key: str) -> np.ndarray:
+    if split_key not in table.obs:
+        return np.zeros(table.n_obs, dtype=bool)
+    return np.asarray(table.obs[split_key].astype(str)) == "test"
+
+
+def _check(
+    target: Target,
+    n_niches: int,
+    image_key: str | None,
+    encoder: str,
+    features_key: str,
+    use_rep: str,
+    model_dir: str | Path | None,
+    *,
+    overwrite: bool,
+    split_key: str,
+    spatial_key: str,
+) -> set[str]:
+    """Check every input before anything runs, and name the steps that are missing."""
+    table = target.table
+    missing = set()
+    check_n_niches(n_niches, int(train_mask(table, split_key).sum()))
+    xy = coordinates(target, spatial_key)
+    if graph(table) is None:
+        missing.add("graph")
+    if features_key in table.obsm:
+        features(table, features_key)
+    else:
+        missing.add("histology")
+        encoders.get(encoder)
+        check_inside(image(target.sdata, image_key), xy, table.obs_names)
+    if str(_keys.TEACHER_LOGITS) in table.obsm:
+        found = features(table, str(_keys.TEACHER_LOGITS)).shape[1]
+        if found != n_niches:
+            msg = (
+                f"n_niches={n_niches}, but obsm[{str(_keys.TEACHER_LOGITS)!r}] has {found} niches: run "
+                f"`hn.tl.nolan(..., n_niches={n_niches})` anew, or pass n_niches={found}."
+            )
+            raise ValueError(msg)
+    else:
+        missing.add("teacher")
+        if use_rep in table.obsm:
+            features(table, use_rep)
+        elif use_rep in {str(_keys.SCVI), str(_keys.PCA)}:
+            missing.add("molecules")
+            empty = np.asarray(raw_counts(table, None).sum(axis=1)).ravel() == 0
+            if empty.any():
+                msg = (
+                    f"{int(empty.sum())} cells have no counts, the first is {table.obs_names[empty][0]!r}: drop them "
+                    "(`scanpy.pp.filter_cells(adata, min_counts=1)`), or run `hn.tl.molecular_embedding(..., "
+                    "empty_cells='mean')` first to keep them."
+                )
+                raise ValueError(msg)
+        else:
+            msg = f"use_rep={use_rep!r} is not in obsm, which has {sorted(table.obsm)}."
+            raise KeyError(msg)
+    if model_dir is not None:
+        check_free(Path(model_dir), overwrite=overwrite)
+    return missing

@@ -1,0 +1,150 @@
+"""Niches of new tissue from its histology."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from histoniche import _keys
+from histoniche._sdata import Target, coordinates, features, open_target, slide_of_cell
+from histoniche.models import NicheStudent
+from histoniche.neighbors import radius_graph
+
+from ._distill_niches import contract_of
+from ._histology_embedding import check_contract, embed_histology
+from ._niches import confidence, niche_columns
+
+if TYPE_CHECKING:
+    import numpy as np
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+_LEAST_NEIGHBORS = 1.0
+
+
+def predict_niches(
+    data: SpatialData | AnnData,
+    model: NicheStudent | str | Path,
+    *,
+    image_key: str | None = None,
+    features_key: str | None = None,
+    weights: str | Path | None = None,
+    store: str | Path | None = None,
+    batch_size: int = 512,
+    spatial_key: str = "spatial",
+    table_key: str | None = None,
+    copy: bool = False,
+) -> SpatialData | AnnData | None:
+    """Predict the niches of cells from an image and their positions; no counts are read.
+
+    The histology embedding is made as the model's feature contract says, or read where it is there and was made so.
+    Neighbourhoods have the radius of the model.
+
+    Parameters
+    ----------
+    data
+        SpatialData object with an H&E and a table of cells; or an AnnData that has the embedding already.
+    model
+        The student, or its directory.
+    image_key
+        Name of the H&E; may be left out where there is just one image.
+    features_key
+        Entry of ``obsm`` with the histology embedding; by default that of the model's encoder.
+    weights, store
+        Given to :func:`~histoniche.tl.histology_embedding` where the embedding is missing.
+    batch_size
+        Cells at a time; the labels do not depend on it.
+    spatial_key
+        Entry of ``obsm`` with the centroids in um.
+    table_key
+        Name of the table.
+    copy
+        Whether to return a copy instead of writing to ``data``.
+
+    Returns
+    -------
+    ``None``, or the copy. Reads the image or ``obsm[features_key]``, and ``obsm[spatial_key]`` in um. Writes:
+
+    ``obs["niche"]``
+        Categorical with the niches of the model, colours in ``uns["niche_colors"]``.
+    ``obs["niche_confidence"]``
+        float32 in (0, 1], the largest probability.
+    ``obsm["niche_logits"]``
+        (n, K) float32.
+    ``obsm[features_key]``
+        The histology embedding, where it was missing.
+    ``uns["histoniche"]["predict_niches"]``
+        Provenance.
+
+    Raises
+    ------
+    ValueError
+        The features or the encoder do not match the model's contract (the differing fields are named), the model is
+        damaged, or cells have hardly a neighbour within its radius, as happens with coordinates that are not in um.
+    KeyError, TypeError
+        Image, table or coordinates are missing.
+    FileNotFoundError
+        The model directory, or a file of it, is missing.
+
+    References
+    ----------
+    Inference from H&E alone: arXiv 2604.09076.
+    """
+    student = model if isinstance(model, NicheStudent) else NicheStudent.load(model)
+    target = open_target(data, table_key=table_key, copy=copy)
+    xy = coordinates(target, spatial_key)
+    radius = student.config.radius
+    graph = radius_graph(xy, radius, groups=slide_of_cell(target.table))
+    if graph.counts.mean() < _LEAST_NEIGHBORS:
+        wanted = student.config.training.get("mean_neighbors", float("nan"))
+        msg = (
+            f"Cells have {graph.counts.mean():.2f} neighbours within the model's radius of {radius:.1f} um on average; "
+            f"the model was trained with {wanted:.1f}. Are the coordinates, obsm[{spatial_key!r}], in um?"
+        )
+        raise ValueError(msg)
+    features_key = features_key or _keys.histology(str(student.config.contract.get("encoder")))
+    histology = _histology(
+        target, student, features_key, image_key=image_key, weights=weights, store=store, spatial_key=spatial_key
+    )
+    logits = student.predict(histology, graph, xy, batch_size=batch_size)
+    obs, uns = niche_columns(logits, str(_keys.NICHE), student.config.niches)
+    return target.write(
+        "predict_niches",
+        params={"weights_sha256": student.digest, "radius": radius, "contract": student.config.contract},
+        inputs={"features": features_key, "image_key": image_key, "spatial_key": spatial_key},
+        obs={**obs, str(_keys.CONFIDENCE): confidence(logits)},
+        obsm={str(_keys.LOGITS): logits},
+        uns=uns,
+    )
+
+
+def _histology(
+    target: Target,
+    student: NicheStudent,
+    features_key: str,
+    *,
+    image_key: str | None,
+    weights: str | Path | None,
+    store: str | Path | None,
+    spatial_key: str,
+) -> np.ndarray:
+    """Features that keep the model's contract: those of the table, or made now."""
+    contract = student.config.contract
+    if features_key not in target.table.obsm:
+        if "mode" not in contract:
+            msg = f"obsm[{features_key!r}] is missing, and the model does not know how it is made ({contract})."
+            raise KeyError(msg)
+        embed_histology(
+            target,
+            image_key=image_key,
+            encoder=contract["encoder"],
+            mode=contract["mode"],
+            um_per_px=contract["um_per_px"],
+            weights=weights,
+            store=store,
+            key_added=features_key,
+            spatial_key=spatial_key,
+            expected=contract,
+        )
+    check_contract(contract, contract_of(target.table, features_key), f"obsm[{features_key!r}]")
+    return features(target.table, features_key)

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import softmax
+
+from histoniche.metrics import adjusted_rand, effective_number
+from histoniche.models import fit_nolan
+from histoniche.models._nolan import _Occupancy
+from histoniche.neighbors import NeighborGraph, radius_graph
+
+RADIUS = 12.0
+QUICK = {"n_steps": 40, "batch_size": 64, "width": 16, "max_tokens": 16}
+
+
+@pytest.fixture(scope="module")
+def tissue() -> tuple[np.ndarray, NeighborGraph, np.ndarray, np.ndarray]:
+    """Three bands of unequal width, each with its own mix of three cell types."""
+    rng = np.random.default_rng(0)
+    xy = rng.uniform(0, 150, (1500, 2))
+    band = np.digitize(xy[:, 1], [75, 120])
+    mix = np.array([[0.7, 0.2, 0.1], [0.2, 0.6, 0.2], [0.1, 0.2, 0.7]])
+    cell_type = np.array([rng.choice(3, p=mix[b]) for b in band])
+    features = (3 * np.eye(3)[cell_type] + rng.normal(size=(1500, 3))).astype(np.float32)
+    return features, radius_graph(xy, RADIUS), xy, band
+
+
+def test_finds_niches_that_cells_alone_do_not_show(tissue: tuple) -> None:
+    features, graph, xy, band = tissue
+    result = fit_nolan(features, graph, xy, 3, radius=RADIUS, **QUICK)
+    assert result.logits.shape == (1500, 3)
+    assert result.logits.dtype == np.float32
+    found = adjusted_rand(band, result.logits.argmax(1))
+    assert found > 0.75
+    assert found > adjusted_rand(band, result.start) - 0.02
+    assert adjusted_rand(band, features.argmax(1)) < 0.4
+    assert not result.collapsed
+    # Numbered by size, the largest first.
+    assert list(np.argsort(-np.bincount(result.start))) == [0, 1, 2]
+
+
+def test_logits_are_on_the_scale_of_the_teachers_own_temperature(tissue: tuple) -> None:
+    features, graph, xy, _ = tissue
+    soft = fit_nolan(features, graph, xy, 3, radius=RADIUS, teacher_temperature=0.5, **{**QUICK, "n_steps": 1})
+    hard = fit_nolan(features, graph, xy, 3, radius=RADIUS, teacher_temperature=0.05, **{**QUICK, "n_steps": 1})
+    np.testing.assert_allclose(hard.logits, 10 * soft.logits, rtol=1e-2, atol=1e-2)
+    assert softmax(hard.logits, axis=1).max(1).mean() > softmax(soft.logits, axis=1).max(1).mean()
+
+
+def test_scale_and_shift_of_the_embedding_do_not_matter(tissue: tuple) -> None:
+    features, graph, xy, _ = tissue
+    one = fit_nolan(features, graph, xy, 3, radius=RADIUS, **QUICK)
+    two = fit_nolan(features * 50 + 7, graph, xy, 3, radius=RADIUS, **QUICK)
+    assert adjusted_rand(one.logits.argmax(1), two.logits.argmax(1)) > 0.97
+
+
+def test_same_seed_same_niches_and_no_trace(tissue: tuple) -> None:
+    features, graph, xy, _ = tissue
+    state = torch.get_rng_state()
+    one = fit_nolan(features, graph, xy, 3, radius=RADIUS, seed=5, **QUICK)
+    two = fit_nolan(features, graph, xy, 3, radius=RADIUS, seed=5, **QUICK)
+    np.testing.assert_array_equal(one.logits, two.logits)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_cells_outside_the_training_part_do_not_train(tissue: tuple) -> None:
+    features, graph, xy, _ = tissue
+    train = xy[:, 0] < 100
+    far = xy[:, 0] > 100 + RADIUS
+    spoilt = features.copy()
+    spoilt[far] = 100.0
+    quick = {**QUICK, "n_steps": 10}
+    one = fit_nolan(features, graph, xy, 3, radius=RADIUS, train_cells=train, **quick)
+    two = fit_nolan(spoilt, graph, xy, 3, radius=RADIUS, train_cells=train, **quick)
+    inside = xy[:, 0] < 100 - RADIUS
+    np.testing.assert_array_equal(one.logits[inside], two.logits[inside])
+
+
+def test_collapse_is_noticed_and_undone(tissue: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    features, graph, xy, _ = tissue
+    monkeypatch.setattr(_Occupancy, "update", lambda self, mean: setattr(self, "mean", np.array([1.0, 0, 0])))
+    result = fit_nolan(features, graph, xy, 3, radius=RADIUS, **QUICK)
+    assert result.collapsed
+    assert len(result.history["loss"]) == 1
+    np.testing.assert_array_equal(result.logits.argmax(1), result.start)
+    assert effective_number(result.logits.argmax(1)) > 2

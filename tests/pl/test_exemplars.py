@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+
+from histoniche.pl import exemplars
+from histoniche.pl._exemplars import _spread
+
+
+def crops(figure, k, n):
+    return [ax.images[0].get_array() for ax in figure.axes[k * n : (k + 1) * n] if ax.images]
+
+
+def test_crops_show_the_cells_of_their_niche(sdata):
+    table = sdata["table"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = exemplars(sdata, n=4, field_of_view=48.0)
+        figure.canvas.draw()
+    assert len(figure.axes) == 12
+    # Red and green of the pixel in the middle are its place, so each crop gives away its cell.
+    xy = table.obsm["spatial"]
+    for k in range(3):
+        assert figure.axes[4 * k].get_ylabel() == str(k)
+        found = crops(figure, k, 4)
+        assert len(found) == 4
+        for crop in found:
+            assert crop.shape == (80, 80, 3)
+            place = crop[40, 40, :2].astype(float) * 4 * 0.6 - 20
+            near = np.linalg.norm(xy - place, axis=1) < 4
+            assert (table.obs["niche"][near] == str(k)).any()
+            tops = table.obs["niche_confidence"][table.obs["niche"] == str(k)].nlargest(20).index
+            assert set(table.obs_names[near]) & set(tops)
+
+
+def test_deterministic(sdata):
+    first, second = exemplars(sdata, n=3), exemplars(sdata, n=3)
+    for a, b in zip(first.axes, second.axes, strict=True):
+        assert np.array_equal(a.images[0].get_array(), b.images[0].get_array())
+
+
+def test_spread_prefers_rank_and_distance():
+    xy = np.array([[0, 0], [1, 0], [100, 0], [101, 0], [50, 80], *[[10, 10]] * 45], dtype=float)
+    rank = np.array([1.0, 0.99, 0.98, 0.97, 0.96, *np.linspace(0.5, 0.1, 45)])
+    assert sorted(_spread(xy, rank, 3)) == [0, 2, 4]
+    assert _spread(xy, rank, 1).tolist() == [0]
+    assert _spread(xy[:2], rank[:2], 5).tolist() == [0, 1]
+    assert len(set(_spread(np.zeros((60, 2)), np.ones(60), 4))) == 4
+
+
+def test_niches_without_cells_and_edges(sdata):
+    table = sdata["table"]
+    table.obs.loc[table.obs["niche"] == "1", "niche"] = "0"
+    figure = exemplars(sdata, n=2)
+    assert [ax.get_ylabel() for ax in figure.axes[::2]] == ["0", "2"]
+    figure = exemplars(sdata, n=2, by=None, field_of_view=200.0)
+    for ax in figure.axes:
+        height, width, _ = ax.images[0].get_array().shape
+        assert height == width
+
+
+def test_bad_input(sdata, table):
+    with pytest.raises(ValueError, match="choose a smaller"):
+        exemplars(sdata, field_of_view=5000.0)
+    with pytest.raises(ValueError, match="both must be positive"):
+        exemplars(sdata, n=0)
+    with pytest.raises(KeyError, match=r"'certainty'.*niche_confidence"):
+        exemplars(sdata, by="certainty")
+    with pytest.raises(TypeError, match="AnnData"):
+        exemplars(table)
