@@ -30,7 +30,10 @@ CONNECTIVITIES = Key(
 )
 DISTANCES = Key("obsp", "niche_distances", "(n, n) CSR float32, distances in um", "pp.spatial_neighbors")
 NEIGHBORS = Key(
-    "uns", "niche_neighbors", "squidpy's description of the graph; ``params`` has the radius in um", "pp.spatial_neighbors"
+    "uns",
+    "niche_neighbors",
+    "squidpy's description of the graph; ``params`` has the radius in um",
+    "pp.spatial_neighbors",
 )
 SPLIT = Key("obs", "split", "categorical: train, test, buffer", "pp.spatial_holdout")
 SCVI = Key("obsm", "X_scVI", "(n, n_latent) float32, molecular embedding by scVI", "tl.molecular_embedding")
@@ -43,12 +46,24 @@ TEACHER = Key("obs", "niche_teacher", "categorical, K categories; colours in uns
 LOGITS = Key("obsm", "niche_logits", "(n, K) float32; the student's logits", "tl.distill_niches, tl.predict_niches")
 NICHE = Key("obs", "niche", "categorical, K categories; colours in uns", "tl.distill_niches, tl.predict_niches")
 CONFIDENCE = Key(
-    "obs", "niche_confidence", "float32 in (0, 1], the student's largest probability", "tl.distill_niches, tl.predict_niches"
+    "obs",
+    "niche_confidence",
+    "float32 in (0, 1], the student's largest probability",
+    "tl.distill_niches, tl.predict_niches",
 )
 HISTORY = Key(
-    "uns", "niche_history", "``teacher`` and ``student``: one 1-d array per figure, one value per step", "tl.nolan, tl.distill_niches"
+    "uns",
+    "niche_history",
+    "``teacher`` and ``student``: one 1-d array per figure, one value per step",
+    "tl.nolan, tl.distill_niches",
 )
 MODEL = Key("uns", "niche_model", "path of the student's model directory", "tl.distill_niches")
+BASELINE = Key(
+    "obs",
+    "niche_{baseline}",
+    "categorical, the baseline's niches of the test cells; colours in uns",
+    "tl.evaluate_niches",
+)
 EVALUATION = Key("uns", "niche_evaluation", "DataFrame, one row per model, on the test cells", "tl.evaluate_niches")
 PROVENANCE = Key("uns", "histoniche", "one entry per step: parameters, versions, seed, input keys", "every function")
 

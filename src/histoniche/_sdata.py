@@ -116,7 +116,9 @@ def _serialisable(values: Mapping[str, Any]) -> dict[str, Any]:
             out[str(key)] = _serialisable(value)
         elif isinstance(value, bool | int | float | str | np.ndarray | np.generic):
             out[str(key)] = value
-        elif isinstance(value, list | tuple) and value and all(isinstance(v, bool | int | float | str) for v in value):
+        elif isinstance(value, list | tuple) and not value:
+            continue  # an empty list has no type that h5ad could keep
+        elif isinstance(value, list | tuple) and all(isinstance(v, bool | int | float | str) for v in value):
             out[str(key)] = list(value)
         else:
             out[str(key)] = str(value)
@@ -234,10 +236,17 @@ def _centroids_of_region(sdata: SpatialData, table: AnnData) -> tuple[np.ndarray
     xy = np.full((table.n_obs, 2), np.nan)
     for region in np.unique(np.asarray(table.obs[attrs["region_key"]].astype(str))):
         rows = np.flatnonzero(table.obs[attrs["region_key"]].astype(str) == region)
+        if region not in sdata:
+            names = sorted(name for _, name, _ in sdata.gen_elements())
+            msg = f"The table annotates the region {region!r}, which the SpatialData object lacks; it has {names}."
+            raise KeyError(msg)
         element = sdata[region]
         _um_transformation(element, region)
         frame = get_centroids(element, coordinate_system=_keys.UM).compute()
         frame.index = frame.index.astype(str)
+        if not frame.index.is_unique:
+            msg = f"The shapes {region!r} have several instances of the same id, {frame.index[frame.index.duplicated()][0]!r}."
+            raise ValueError(msg)
         instances = table.obs[attrs["instance_key"]].iloc[rows].astype(str)
         xy[rows] = frame.reindex(instances)[["x", "y"]].to_numpy()
     return xy, f"centroids of {attrs['region']!r}"
@@ -262,6 +271,13 @@ def train_mask(table: AnnData, split_key: str) -> np.ndarray:
     return mask
 
 
+def test_mask(table: AnnData, split_key: str) -> np.ndarray:
+    """Test cells, (n,) bool: ``obs[split_key] == "test"``; none where there is no split."""
+    if split_key not in table.obs:
+        return np.zeros(table.n_obs, dtype=bool)
+    return np.asarray(table.obs[split_key].astype(str)) == "test"
+
+
 def features(table: AnnData, key: str) -> np.ndarray:
     """Embedding ``obsm[key]`` as an array (n, d), checked to be finite."""
     if key not in table.obsm:
@@ -278,7 +294,7 @@ def features(table: AnnData, key: str) -> np.ndarray:
     return values
 
 
-def graph(table: AnnData) -> tuple[NeighborGraph, float] | None:
+def niche_graph(table: AnnData) -> tuple[NeighborGraph, float] | None:
     """Neighbour graph of the table and its radius in um, or ``None`` where `hn.pp.spatial_neighbors` has not run."""
     if str(_keys.DISTANCES) not in table.obsp or str(_keys.NEIGHBORS) not in table.uns:
         return None
@@ -287,8 +303,8 @@ def graph(table: AnnData) -> tuple[NeighborGraph, float] | None:
 
 
 def need_graph(table: AnnData) -> tuple[NeighborGraph, float]:
-    """As :func:`graph`, with an error where there is none."""
-    found = graph(table)
+    """As :func:`niche_graph`, with an error where there is none."""
+    found = niche_graph(table)
     if found is None:
         msg = f"obsp[{str(_keys.DISTANCES)!r}] is missing: run `hn.pp.spatial_neighbors` first."
         raise KeyError(msg)

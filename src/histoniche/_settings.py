@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 
 def _cache_dir() -> Path:
@@ -32,7 +31,7 @@ class Settings:
 
     cache_dir: Path = field(default_factory=_cache_dir)
     accelerator: str = "auto"
-    precision: str | Literal["auto"] = "auto"
+    precision: str = "auto"
     progress: bool = True
 
 

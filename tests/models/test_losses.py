@@ -22,7 +22,9 @@ def test_distillation_loss_by_hand(tau: float) -> None:
     expected = tau**2 * np.mean([sum(p[i, k] * math.log(p[i, k] / q[i, k]) for k in range(4)) for i in range(7)])
     found = distillation_loss(torch.from_numpy(student), torch.from_numpy(teacher), tau)
     assert found.item() == pytest.approx(expected)
-    assert distillation_loss(torch.from_numpy(teacher) + 5, torch.from_numpy(teacher), tau).item() == pytest.approx(0, abs=1e-9)
+    assert distillation_loss(torch.from_numpy(teacher) + 5, torch.from_numpy(teacher), tau).item() == pytest.approx(
+        0, abs=1e-9
+    )
 
 
 def test_distillation_gradient() -> None:

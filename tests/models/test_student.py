@@ -26,14 +26,18 @@ def tissue() -> tuple[np.ndarray, NeighborGraph, np.ndarray, np.ndarray]:
 
 
 def student(seed: int = 0, **kwargs: object) -> NicheStudent:
-    config = StudentConfig(n_features=6, n_niches=2, radius=RADIUS, width=16, depth=2, heads=2, training={"seed": seed}, **kwargs)
+    config = StudentConfig(
+        n_features=6, n_niches=2, radius=RADIUS, width=16, depth=2, heads=2, training={"seed": seed}, **kwargs
+    )
     return NicheStudent(config)
 
 
 @pytest.fixture(scope="module")
 def trained(tissue: tuple) -> NicheStudent:
     features, graph, xy, logits = tissue
-    return student(contract={"encoder": "toy"}).fit(features, graph, xy, logits, n_steps=60, batch_size=64, max_tokens=16)
+    return student(contract={"encoder": "toy"}).fit(
+        features, graph, xy, logits, n_steps=60, batch_size=64, max_tokens=16
+    )
 
 
 def test_learns_what_only_the_neighborhood_shows(tissue: tuple, trained: NicheStudent) -> None:
@@ -47,7 +51,9 @@ def test_learns_what_only_the_neighborhood_shows(tissue: tuple, trained: NicheSt
 def test_same_seed_same_labels_and_no_trace_in_the_callers_generators(tissue: tuple, trained: NicheStudent) -> None:
     features, graph, xy, logits = tissue
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    again = student(contract={"encoder": "toy"}).fit(features, graph, xy, logits, n_steps=60, batch_size=64, max_tokens=16)
+    again = student(contract={"encoder": "toy"}).fit(
+        features, graph, xy, logits, n_steps=60, batch_size=64, max_tokens=16
+    )
     assert torch.equal(torch.get_rng_state(), before[0])
     np.testing.assert_array_equal(np.random.get_state()[1], before[1])
     np.testing.assert_array_equal(again.predict(features, graph, xy), trained.predict(features, graph, xy))
@@ -88,7 +94,10 @@ def test_features_from_a_store(tissue: tuple, trained: NicheStudent) -> None:
 
     np.testing.assert_array_equal(trained.predict(Store(), graph, xy), trained.predict(features, graph, xy))
     settings = {"n_steps": 5, "batch_size": 32}
-    assert student().fit(Store(), graph, xy, logits, **settings).digest == student().fit(features, graph, xy, logits, **settings).digest
+    assert (
+        student().fit(Store(), graph, xy, logits, **settings).digest
+        == student().fit(features, graph, xy, logits, **settings).digest
+    )
 
 
 def test_save_and_load(tissue: tuple, trained: NicheStudent, tmp_path: Path) -> None:
@@ -116,7 +125,7 @@ def test_nothing_is_overwritten(trained: NicheStudent, tmp_path: Path) -> None:
 
 def test_damaged_models(trained: NicheStudent, tmp_path: Path) -> None:
     path = tmp_path / "model"
-    with pytest.raises(FileNotFoundError, match="config.json is missing"):
+    with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
         NicheStudent.load(path)
     trained.save(path)
     weights = (path / "model.safetensors").read_bytes()
@@ -126,14 +135,19 @@ def test_damaged_models(trained: NicheStudent, tmp_path: Path) -> None:
     flipped = bytearray(weights)
     flipped[-5] ^= 0x10
     (path / "model.safetensors").write_bytes(flipped)
-    with pytest.raises(ValueError, match="weights are not those that config.json names"):
+    with pytest.raises(ValueError, match=r"weights are not those that config\.json names"):
         NicheStudent.load(path)
     (path / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="model.safetensors is missing"):
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors is missing"):
         NicheStudent.load(path)
     (path / "model.safetensors").write_bytes(weights)
     config = json.loads((path / "config.json").read_text())
-    for change, message in [({"width": 32}, "weights do not fit"), ({"class": "Other"}, "holds a 'Other'"), ({"format": 99}, "format 99"), ({"radius": None}, "lacks")]:
+    for change, message in [
+        ({"width": 32}, "weights do not fit"),
+        ({"class": "Other"}, "holds a 'Other'"),
+        ({"format": 99}, "format 99"),
+        ({"radius": None}, "lacks"),
+    ]:
         (path / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(ValueError, match=message):
             NicheStudent.load(path)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from histoniche._random import isolated_rng
 from histoniche.models import NeighborhoodTransformer
 from histoniche.models._features import rotate
 from histoniche.models._nolan import Nolan
@@ -35,8 +36,7 @@ def modules() -> list[torch.nn.Module]:
 
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_order_of_neighbors_and_padding_do_not_matter(which: int, batch: tuple) -> None:
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
+    with isolated_rng(1):
         module = modules()[which]
     tokens, offsets, mask = batch
     expected = module(tokens, offsets, mask)

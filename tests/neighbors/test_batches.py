@@ -15,7 +15,8 @@ def test_whole_neighborhoods_and_offsets() -> None:
     xy = tissue()
     graph = radius_graph(xy, RADIUS)
     centers = np.array([5, 3, 399, 0])
-    index, mask, offsets = padded_neighborhoods(graph, xy, centers, RADIUS, max_tokens=1000)
+    n = padded_neighborhoods(graph, xy, centers, RADIUS, max_tokens=1000)
+    index, mask, offsets = n.index, n.mask, n.offsets
     assert index.shape == mask.shape == offsets.shape[:2] == (4, graph.counts[centers].max() + 1)
     for row, center in enumerate(centers):
         expected = set(graph.indices[graph.indptr[center] : graph.indptr[center + 1]])
@@ -47,7 +48,8 @@ def test_subsets_are_drawn_without_replacement_and_evenly() -> None:
     neighbors = graph.indices[graph.indptr[center] : graph.indptr[center + 1]]
     drawn = np.zeros(400)
     for seed in range(2000):
-        index, mask, _ = padded_neighborhoods(graph, xy, np.array([center]), RADIUS, max_tokens=6, seed=seed)
+        n = padded_neighborhoods(graph, xy, np.array([center]), RADIUS, max_tokens=6, seed=seed)
+        index, mask = n.index, n.mask
         found = index[0, 1:][mask[0, 1:]]
         assert len(set(found)) == 5
         drawn[found] += 1
@@ -70,6 +72,6 @@ def test_smaller_disc_and_share_kept() -> None:
 
 def test_cell_without_neighbors() -> None:
     xy = np.array([[0.0, 0], [100, 100]])
-    index, mask, _ = padded_neighborhoods(radius_graph(xy, 1.0), xy, np.array([1]), 1.0, max_tokens=10)
-    np.testing.assert_array_equal(index, [[1]])
-    np.testing.assert_array_equal(mask, [[True]])
+    n = padded_neighborhoods(radius_graph(xy, 1.0), xy, np.array([1]), 1.0, max_tokens=10)
+    np.testing.assert_array_equal(n.index, [[1]])
+    np.testing.assert_array_equal(n.mask, [[True]])

@@ -12,7 +12,9 @@ def brute_force(xy: np.ndarray, radius: float) -> np.ndarray:
     return distances
 
 
-@pytest.mark.parametrize(("n", "extent", "radius"), [(400, 100, 9.0), (400, 100, 300.0), (60, 1e5, 50.0), (2, 1, 2.0), (1, 1, 1)])
+@pytest.mark.parametrize(
+    ("n", "extent", "radius"), [(400, 100, 9.0), (400, 100, 300.0), (60, 1e5, 50.0), (2, 1, 2.0), (1, 1, 1)]
+)
 def test_exact_against_brute_force(n: int, extent: float, radius: float) -> None:
     xy = np.random.default_rng(n).uniform(-extent, extent, (n, 2))
     expected = brute_force(xy, radius)

@@ -89,7 +89,9 @@ def embed(
     ):  # fmt: skip
         if mode == "dense":
             for b, tile in zip(
-                missing, ahead(lambda i: _pinned(read_tile(slide, corners[missing[i]], encoder), fabric.device), len(missing)), strict=True
+                missing,
+                ahead(lambda i: _pinned(read_tile(slide, corners[missing[i]], encoder), fabric.device), len(missing)),
+                strict=True,
             ):
                 parts = sample_tile(tile.to(fabric.device, non_blocking=True), scaled[blocks[b]] - corners[b], encoder)
                 filled.write(b, np.concatenate([part.float().cpu().numpy() for part in parts], axis=1))
@@ -119,7 +121,9 @@ def _crops(slide: Slide, points: np.ndarray, encoder: Encoder, device: torch.dev
         rows = order[starts[i] : starts[i] + batch_size]
         return _pinned(slide.windows(points[rows] - size / 2, size), device)
 
-    found = [encoder.pooled(crops.to(device, non_blocking=True)).float().cpu().numpy() for crops in ahead(cut, len(starts))]
+    found = [
+        encoder.pooled(crops.to(device, non_blocking=True)).float().cpu().numpy() for crops in ahead(cut, len(starts))
+    ]
     out = np.empty((len(points), found[0].shape[1]), dtype=np.float32)
     out[order] = np.concatenate(found)
     return out

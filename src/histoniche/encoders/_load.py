@@ -134,7 +134,7 @@ def load_encoder(name: str | EncoderSpec, *, weights: str | Path | None = None, 
             module = _create(spec, pretrained=True)
         except Exception as error:  # hub, network and timm raise many kinds; all are told as one, with their cause
             raise EncoderAccessError(_how_to_get(spec, error)) from error
-    module = module.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    module = module.eval().requires_grad_(requires_grad=False).to(memory_format=torch.channels_last)
     random = weights is None and not pretrained
     return Encoder(spec, module, "random-init" if random else f"sha256:{_digest(module)[:16]}")
 

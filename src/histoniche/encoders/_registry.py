@@ -191,9 +191,16 @@ register(
         licence="CC-BY-NC-ND-4.0; the terms reach models trained on its outputs",
         gated=True,
         arguments=_swiglu(
-            2.66667 * 2, img_size=224, patch_size=14, depth=24, num_heads=24, init_values=1e-5, embed_dim=1536,
-            no_embed_class=True, reg_tokens=8,
-        ),  # fmt: skip
+            2.66667 * 2,
+            img_size=224,
+            patch_size=14,
+            depth=24,
+            num_heads=24,
+            init_values=1e-5,
+            embed_dim=1536,
+            no_embed_class=True,
+            reg_tokens=8,
+        ),
     )
 )
 register(

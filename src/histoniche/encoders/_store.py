@@ -8,7 +8,6 @@ cells of a block fill whole chunks (the rest is padding), so that no chunk is ev
 from __future__ import annotations
 
 import json
-import os
 import uuid
 from collections import OrderedDict
 from pathlib import Path
@@ -54,7 +53,8 @@ class FeatureStore:
             self.fingerprint: str = head["fingerprint"]
             self._starts = np.asarray(head["starts"], dtype=np.int64)
         except Exception as error:  # zarr and json raise many kinds for damaged files
-            raise self._damaged(f"it cannot be read ({type(error).__name__}: {error})") from error
+            what = "it cannot be read"
+            raise self._damaged(what, error) from error
         self._cache: OrderedDict[int, np.ndarray] = OrderedDict()
 
     @classmethod
@@ -99,7 +99,7 @@ class FeatureStore:
         (making / "done").mkdir()
         head = {"format": _FORMAT, "contract": contract, "fingerprint": fingerprint, "starts": starts.tolist()}
         (making / "histoniche.json").write_text(json.dumps(head), encoding="utf-8")
-        os.replace(making, path)
+        making.rename(path)
         return cls(path)
 
     @classmethod
@@ -163,7 +163,7 @@ class FeatureStore:
         self._features[start:end] = padded
         marker = self.path / "done" / str(block)
         marker.with_suffix(".new").touch()
-        os.replace(marker.with_suffix(".new"), marker)
+        marker.with_suffix(".new").replace(marker)
 
     def take(self, cells: np.ndarray) -> np.ndarray:
         """Features of cells, (len(cells), d) float16; a bounded number of chunks is kept in memory."""
@@ -206,11 +206,21 @@ class FeatureStore:
         try:
             values = self._features[chunk * _CHUNK_ROWS : (chunk + 1) * _CHUNK_ROWS]
         except Exception as error:  # a checksum or the file system, by way of zarr
-            raise self._damaged(f"chunk {chunk} cannot be read ({type(error).__name__}: {error})") from error
+            what = "the chunk cannot be read"
+            raise self._damaged(what, error, chunk) from error
         if not np.isfinite(values).all():
-            raise self._damaged(f"chunk {chunk} is missing")
+            what = "the chunk is missing"
+            raise self._damaged(what, chunk=chunk)
         return values
 
-    def _damaged(self, what: str) -> ValueError:
-        msg = f"The feature store {str(self.path)!r} is damaged: {what}. Delete it and run `hn.tl.histology_embedding` again."
+    def _damaged(self, what: str, error: Exception | None = None, chunk: int | None = None) -> ValueError:
+        which = "" if chunk is None else f", chunk {chunk} (block {self._block_of(chunk)})"
+        cause = "" if error is None else f" ({type(error).__name__}: {error})"
+        msg = (
+            f"The feature store {str(self.path)!r} is damaged{which}: {what}{cause}. Delete it and run "
+            "`hn.tl.histology_embedding` again."
+        )
         return ValueError(msg)
+
+    def _block_of(self, chunk: int) -> int:
+        return int(np.searchsorted(self._starts, chunk * _CHUNK_ROWS, side="right")) - 1

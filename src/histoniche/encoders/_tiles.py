@@ -58,7 +58,9 @@ class Slide:
         region = _read(image, low, high)
         boxes = torch.from_numpy((box - np.tile(low, 2)).astype(np.float32))
         boxes = torch.cat([torch.zeros(len(boxes), 1), boxes], dim=1)
-        return roi_align(region, boxes, size, sampling_ratio=max(1, int(np.ceil(1 / factor.min() - 1e-6))), aligned=True)
+        return roi_align(
+            region, boxes, size, sampling_ratio=max(1, int(np.ceil(1 / factor.min() - 1e-6))), aligned=True
+        )
 
     def _level(self) -> tuple[int, np.ndarray]:
         """Coarsest level that is at least as fine as the target, and target px per px of it along x and y."""

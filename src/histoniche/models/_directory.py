@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 FORMAT = 1
@@ -33,7 +34,7 @@ def write_directory(
         (made / CARD).write_text(card, encoding="utf-8")
         if path.exists():
             path.rename(Path(folder) / "replaced")
-        os.replace(made, path)
+        made.rename(path)
 
 
 def check_free(path: Path, *, overwrite: bool) -> None:

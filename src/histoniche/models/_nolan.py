@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -171,10 +171,8 @@ def fit_nolan(
     Multi-crop self-distillation after Caron et al. 2021 (arXiv 2104.14294), over discs of cells.
     """
     train_rows = np.arange(graph.n_cells) if train_cells is None else np.flatnonzero(train_cells)
-    module, start = _warm_start(
-        features, graph, train_rows, n_niches, width=width, depth=depth, heads=heads, seed=seed
-    )
-    teacher = copy.deepcopy(module).requires_grad_(False).eval()
+    module, start = _warm_start(features, graph, train_rows, n_niches, width=width, depth=depth, heads=heads, seed=seed)
+    teacher = copy.deepcopy(module).requires_grad_(requires_grad=False).eval()
     views = _views(
         features, graph, xy, train_rows, radius,
         batch_size=batch_size, keep=keep, max_tokens=max_tokens, local_views=local_views, seed=seed,
@@ -212,7 +210,9 @@ def fit_nolan(
             description=description,
         )  # fmt: skip
     if occupancy.collapsed:
-        teacher, _ = _warm_start(features, graph, train_rows, n_niches, width=width, depth=depth, heads=heads, seed=seed)
+        teacher, _ = _warm_start(
+            features, graph, train_rows, n_niches, width=width, depth=depth, heads=heads, seed=seed
+        )
     logits = predict_neighborhoods(teacher.eval(), features, graph, xy, radius=radius) / teacher_temperature
     return NolanResult(logits, start, history, occupancy.collapsed)
 
@@ -298,11 +298,13 @@ def _views(
     is_train = np.zeros(graph.n_cells, dtype=bool)
     is_train[train_rows] = True
 
-    def view(centers: np.ndarray, view_seed: int, rng: np.random.Generator, within: float) -> tuple[np.ndarray, Neighborhoods]:
+    def view(
+        centers: np.ndarray, view_seed: int, rng: np.random.Generator, within: float
+    ) -> tuple[np.ndarray, Neighborhoods]:
         n = padded_neighborhoods(
             graph, xy, centers, radius, max_tokens=max_tokens, seed=view_seed, keep=keep, within=within
         )
-        n = n._replace(offsets=rotate(n.offsets, rng))
+        n = replace(n, offsets=rotate(n.offsets, rng))
         return take(features, n.index), n
 
     def make(step: int) -> list[tuple[np.ndarray, Neighborhoods]]:

@@ -92,7 +92,9 @@ def predict_neighborhoods(
         steps = -(-n // batch_size)
         for rows, batch in tqdm(ahead(make, steps), total=steps, desc=description, disable=not settings.progress):
             found = module.niches(
-                projected[to_device(batch.index, device)], to_device(batch.offsets, device), to_device(batch.mask, device)
+                projected[to_device(batch.index, device)],
+                to_device(batch.offsets, device),
+                to_device(batch.mask, device),
             )
             if logits is None:
                 logits = np.empty((n, found.shape[1]), dtype=np.float32)

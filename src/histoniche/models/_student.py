@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +202,7 @@ class NicheStudent:
             n = padded_neighborhoods(
                 graph, xy, centers, config.radius, max_tokens=max_tokens, keep=keep, seed=seed * 1_000_003 + step
             )
-            n = n._replace(offsets=rotate(n.offsets, np.random.default_rng([seed, 2, step])))
+            n = replace(n, offsets=rotate(n.offsets, np.random.default_rng([seed, 2, step])))
             return take(features, n.index), n, teacher_logits[centers].astype(np.float32)
 
         def loss(
@@ -296,10 +296,12 @@ class NicheStudent:
         """
         path = Path(path)
         config, weights = read_directory(path, cls.__name__)
-        wanted = {name: config.get(name) for name in StudentConfig.__dataclass_fields__}
+        wanted: dict[str, Any] = {name: config.get(name) for name in StudentConfig.__dataclass_fields__}
         missing = [name for name, value in wanted.items() if value is None]
         if missing:
-            msg = f"Model directory {str(path)!r} is damaged: config.json lacks {missing}. Copy or train the model again."
+            msg = (
+                f"Model directory {str(path)!r} is damaged: config.json lacks {missing}. Copy or train the model again."
+            )
             raise ValueError(msg)
         student = cls(StudentConfig(**wanted))
         try:
@@ -308,7 +310,9 @@ class NicheStudent:
             msg = f"Model directory {str(path)!r} is damaged: weights do not fit config.json ({error})."
             raise ValueError(msg) from error
         if config.get("weights_sha256") != student.digest:
-            msg = f"Model directory {str(path)!r} is damaged: the weights are not those that config.json names (sha256)."
+            msg = (
+                f"Model directory {str(path)!r} is damaged: the weights are not those that config.json names (sha256)."
+            )
             raise ValueError(msg)
         return student
 

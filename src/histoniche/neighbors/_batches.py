@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numba
 import numpy as np
 
-from ._graph import NeighborGraph
+if TYPE_CHECKING:
+    from ._graph import NeighborGraph
 
 
-class Neighborhoods(NamedTuple):
+@dataclass(frozen=True)
+class Neighborhoods:
     """Padded neighbourhoods of B cells with T tokens each; token 0 is the cell itself.
 
     Attributes
@@ -83,7 +86,7 @@ def padded_neighborhoods(
 
 
 @numba.njit(cache=True, inline="always")
-def _mix(state):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+def _mix(state):  # type: ignore[no-untyped-def]
     """One step of splitmix64: a well-mixed number from a counter."""
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -91,7 +94,7 @@ def _mix(state):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
 
 
 @numba.njit(nogil=True, cache=True)
-def _gather(indptr, indices, distances, xy, centers, radius, reach, keep, seed, index, mask, offsets):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, PLR0917
+def _gather(indptr, indices, distances, xy, centers, radius, reach, keep, seed, index, mask, offsets):  # type: ignore[no-untyped-def]  # noqa: PLR0917
     n_tokens = index.shape[1]
     golden = np.uint64(0x9E3779B97F4A7C15)
     buffer = np.empty(0, dtype=np.int32)

@@ -98,7 +98,9 @@ def radius_graph(xy: np.ndarray, radius: float, *, groups: np.ndarray | None = N
     low = xy.min(axis=0)
     extent = xy.max(axis=0) - low
     # A cell of the grid is never smaller than the radius, and there are never many more of them than points.
-    side = max(radius * (1 + 1e-9), float(np.sqrt(max(extent[0] * extent[1], 1e-12) / (4 * n + 1024))), extent.max() / 2**20)
+    side = max(
+        radius * (1 + 1e-9), float(np.sqrt(max(extent[0] * extent[1], 1e-12) / (4 * n + 1024))), extent.max() / 2**20
+    )
     n_x, n_y = (np.floor(extent / side).astype(np.int64) + 1).tolist()
     column, row = np.floor((xy - low) / side).astype(np.int64).T
     box = row * n_x + column
@@ -119,7 +121,7 @@ def radius_graph(xy: np.ndarray, radius: float, *, groups: np.ndarray | None = N
 
 
 @numba.njit(parallel=True, cache=True)
-def _count(xy, box, order, start, n_x, n_y, squared, counts):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+def _count(xy, box, order, start, n_x, n_y, squared, counts):  # type: ignore[no-untyped-def]  # noqa: PLR0917
     for i in numba.prange(len(xy)):
         x, y = xy[i, 0], xy[i, 1]
         row, column = box[i] // n_x, box[i] % n_x
@@ -134,7 +136,7 @@ def _count(xy, box, order, start, n_x, n_y, squared, counts):  # type: ignore[no
 
 
 @numba.njit(parallel=True, cache=True)
-def _fill(raw, xy, box, order, start, n_x, n_y, squared, indptr, indices, distances):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+def _fill(raw, xy, box, order, start, n_x, n_y, squared, indptr, indices, distances):  # type: ignore[no-untyped-def]  # noqa: PLR0917
     for i in numba.prange(len(xy)):
         x, y = xy[i, 0], xy[i, 1]
         row, column = box[i] // n_x, box[i] % n_x

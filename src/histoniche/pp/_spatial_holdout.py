@@ -141,5 +141,3 @@ def spatial_holdout(
         inputs={"spatial_key": spatial_key},
         obs={key_added: split},
     )  # fmt: skip
-
-

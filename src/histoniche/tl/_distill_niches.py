@@ -13,11 +13,12 @@ from histoniche._sdata import (
     check_inside,
     coordinates,
     features,
-    graph,
     image,
     need_graph,
+    niche_graph,
     open_target,
     origin,
+    test_mask,
     train_mask,
 )
 from histoniche._settings import settings
@@ -26,7 +27,7 @@ from histoniche.models._directory import check_free
 from histoniche.pp import spatial_neighbors
 
 from ._histology_embedding import histology_embedding
-from ._molecular_embedding import molecular_embedding, raw_counts
+from ._molecular_embedding import molecular_embedding, raw_counts, refuse_empty_cells
 from ._niches import check_n_niches, confidence, niche_columns
 from ._nolan import nolan
 
@@ -136,15 +137,23 @@ def distill_niches(
     target = open_target(data, table_key=table_key, copy=copy)
     features_key = features_key or _keys.histology(encoder)
     missing = _check(
-        target, n_niches, image_key, encoder, features_key, use_rep, model_dir,
-        overwrite=overwrite, split_key=split_key, spatial_key=spatial_key,
+        target, n_niches=n_niches, image_key=image_key, encoder=encoder, features_key=features_key, use_rep=use_rep,
+        split_key=split_key, spatial_key=spatial_key,
     )  # fmt: skip
-    shared = {"spatial_key": spatial_key, "table_key": table_key}
+    if model_dir is not None:
+        check_free(Path(model_dir), overwrite=overwrite)
+    of_table: dict[str, Any] = {"spatial_key": spatial_key, "table_key": table_key}
     if "graph" in missing:
-        spatial_neighbors(target.data, target_neighbors=target_neighbors, split_key=split_key, seed=seed, **shared)
+        spatial_neighbors(target.data, target_neighbors=target_neighbors, split_key=split_key, seed=seed, **of_table)
     if "histology" in missing:
         histology_embedding(
-            target.sdata, image_key=image_key, encoder=encoder, mode=mode, store=store, key_added=features_key, **shared
+            target.sdata,
+            image_key=image_key,
+            encoder=encoder,
+            mode=mode,
+            store=store,
+            key_added=features_key,
+            **of_table,
         )
     if "molecules" in missing:
         molecular_embedding(
@@ -152,52 +161,35 @@ def distill_niches(
             table_key=table_key,
         )  # fmt: skip
     if "teacher" in missing:
-        nolan(target.data, n_niches=n_niches, use_rep=use_rep, split_key=split_key, seed=seed, **shared)
+        nolan(target.data, n_niches=n_niches, use_rep=use_rep, split_key=split_key, seed=seed, **of_table)
 
     table = target.table
-    neighbor_graph, radius = need_graph(table)
+    graph, radius = need_graph(table)
     xy = coordinates(target, spatial_key)
-    histology = features(table, features_key)
-    teacher_logits = features(table, str(_keys.TEACHER_LOGITS))
+    histology, teacher = features(table, features_key), features(table, str(_keys.TEACHER_LOGITS))
+    settings_of_fit = {"n_steps": n_steps, "batch_size": batch_size, "lr": lr, "seed": seed}
+    student = NicheStudent(
+        StudentConfig(
+            n_features=histology.shape[1], n_niches=n_niches, radius=radius, contract=contract_of(table, features_key),
+            niches=list(table.obs[str(_keys.TEACHER)].cat.categories), temperature=temperature, width=width, depth=depth,
+            training=dict(settings_of_fit),
+        )
+    )  # fmt: skip
     train = train_mask(table, split_key)
-    config = StudentConfig(
-        n_features=histology.shape[1],
-        n_niches=n_niches,
-        radius=radius,
-        contract=contract_of(table, features_key),
-        niches=list(table.obs[str(_keys.TEACHER)].cat.categories),
-        temperature=temperature,
-        width=width,
-        depth=depth,
-        training={
-            "n_cells": int(train.sum()), "n_steps": n_steps, "batch_size": batch_size, "lr": lr, "seed": seed,
-            "mean_neighbors": float(neighbor_graph.counts[train].mean()),
-        },
-    )  # fmt: skip
-    student = NicheStudent(config).fit(
-        histology, neighbor_graph, xy, teacher_logits,
-        train_cells=train, n_steps=n_steps, batch_size=batch_size, lr=lr, seed=seed,
-    )  # fmt: skip
-    logits = student.predict(histology, neighbor_graph, xy)
-    agree = logits.argmax(1) == teacher_logits.argmax(1)
-    config.training["agreement_train"] = round(float(agree[train].mean()), 4)
-    test = ~train & _is_test(table, split_key)
-    if test.any():
-        config.training["agreement_test"] = round(float(agree[test].mean()), 4)
+    student.fit(
+        histology, graph, xy, teacher, train_cells=train, n_steps=n_steps, batch_size=batch_size, lr=lr, seed=seed
+    )
+    logits = student.predict(histology, graph, xy)
+    _report(student, logits, teacher, n_neighbors=graph.counts, train=train, test=test_mask(table, split_key))
     place = Path(model_dir) if model_dir is not None else settings.cache_dir / "models" / student.digest[:16]
     student.save(place, overwrite=overwrite or model_dir is None)
-
-    obs, uns = niche_columns(logits, str(_keys.NICHE), config.niches)
-    uns[str(_keys.MODEL)] = str(place.resolve())
-    uns[str(_keys.HISTORY)] = {
-        **table.uns.get(str(_keys.HISTORY), {}),
-        "student": {name: np.asarray(values, dtype=np.float32) for name, values in student.history.items()},
-    }
+    obs, uns = niche_columns(logits, str(_keys.NICHE), student.config.niches)
+    history = {name: np.asarray(values, dtype=np.float32) for name, values in student.history.items()}
     return target.write(
         "distill_niches",
         params={
-            "n_niches": n_niches, "temperature": temperature, "width": width, "depth": depth, "n_steps": n_steps,
-            "batch_size": batch_size, "lr": lr, "seed": seed, "radius": radius, "weights_sha256": student.digest,
+            **settings_of_fit, "n_niches": n_niches, "temperature": temperature, "width": width, "depth": depth,
+            "radius": radius, "weights_sha256": student.digest,
         },
         inputs={
             "features": features_key, "teacher": str(_keys.TEACHER_LOGITS), "split_key": split_key,
@@ -205,8 +197,31 @@ def distill_niches(
         },
         obs={**obs, str(_keys.CONFIDENCE): confidence(logits)},
         obsm={str(_keys.LOGITS): logits},
-        uns=uns,
+        uns={
+            **uns,
+            str(_keys.MODEL): str(place.resolve()),
+            str(_keys.HISTORY): {**table.uns.get(str(_keys.HISTORY), {}), "student": history},
+        },
     )  # fmt: skip
+
+
+def _report(
+    student: NicheStudent,
+    logits: np.ndarray,
+    teacher: np.ndarray,
+    *,
+    n_neighbors: np.ndarray,
+    train: np.ndarray,
+    test: np.ndarray,
+) -> None:
+    """Note for the model card on what the student was trained, and how often it agrees with the teacher."""
+    agree = logits.argmax(1) == teacher.argmax(1)
+    figures = student.config.training
+    figures["n_cells"] = int(train.sum())
+    figures["mean_neighbors"] = round(float(n_neighbors[train].mean()), 2)
+    figures["agreement_train"] = round(float(agree[train].mean()), 4)
+    if test.any():
+        figures["agreement_test"] = round(float(agree[test].mean()), 4)
 
 
 def contract_of(table: AnnData, features_key: str) -> dict[str, Any]:
@@ -224,22 +239,14 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _is_test(table: AnnData, split_key: str) -> np.ndarray:
-    if split_key not in table.obs:
-        return np.zeros(table.n_obs, dtype=bool)
-    return np.asarray(table.obs[split_key].astype(str)) == "test"
-
-
 def _check(
     target: Target,
+    *,
     n_niches: int,
     image_key: str | None,
     encoder: str,
     features_key: str,
     use_rep: str,
-    model_dir: str | Path | None,
-    *,
-    overwrite: bool,
     split_key: str,
     spatial_key: str,
 ) -> set[str]:
@@ -248,7 +255,7 @@ def _check(
     missing = set()
     check_n_niches(n_niches, int(train_mask(table, split_key).sum()))
     xy = coordinates(target, spatial_key)
-    if graph(table) is None:
+    if niche_graph(table) is None:
         missing.add("graph")
     if features_key in table.obsm:
         features(table, features_key)
@@ -256,31 +263,26 @@ def _check(
         missing.add("histology")
         encoders.get(encoder)
         check_inside(image(target.sdata, image_key), xy, table.obs_names)
-    if str(_keys.TEACHER_LOGITS) in table.obsm:
-        found = features(table, str(_keys.TEACHER_LOGITS)).shape[1]
-        if found != n_niches:
-            msg = (
-                f"n_niches={n_niches}, but obsm[{str(_keys.TEACHER_LOGITS)!r}] has {found} niches: run "
-                f"`hn.tl.nolan(..., n_niches={n_niches})` anew, or pass n_niches={found}."
-            )
-            raise ValueError(msg)
-    else:
-        missing.add("teacher")
-        if use_rep in table.obsm:
-            features(table, use_rep)
-        elif use_rep in {str(_keys.SCVI), str(_keys.PCA)}:
-            missing.add("molecules")
-            empty = np.asarray(raw_counts(table, None).sum(axis=1)).ravel() == 0
-            if empty.any():
-                msg = (
-                    f"{int(empty.sum())} cells have no counts, the first is {table.obs_names[empty][0]!r}: drop them "
-                    "(`scanpy.pp.filter_cells(adata, min_counts=1)`), or run `hn.tl.molecular_embedding(..., "
-                    "empty_cells='mean')` first to keep them."
-                )
-                raise ValueError(msg)
-        else:
-            msg = f"use_rep={use_rep!r} is not in obsm, which has {sorted(table.obsm)}."
-            raise KeyError(msg)
-    if model_dir is not None:
-        check_free(Path(model_dir), overwrite=overwrite)
+    if str(_keys.TEACHER_LOGITS) not in table.obsm:
+        missing |= {"teacher"} | _check_molecules(table, use_rep)
+        return missing
+    found = features(table, str(_keys.TEACHER_LOGITS)).shape[1]
+    if found != n_niches:
+        msg = (
+            f"n_niches={n_niches}, but obsm[{str(_keys.TEACHER_LOGITS)!r}] has {found} niches: run "
+            f"`hn.tl.nolan(..., n_niches={n_niches})` anew, or pass n_niches={found}."
+        )
+        raise ValueError(msg)
     return missing
+
+
+def _check_molecules(table: AnnData, use_rep: str) -> set[str]:
+    """Check what the teacher is made from: an embedding, or the counts."""
+    if use_rep in table.obsm:
+        features(table, use_rep)
+        return set()
+    if use_rep not in {str(_keys.SCVI), str(_keys.PCA)}:
+        msg = f"use_rep={use_rep!r} is not in obsm, which has {sorted(table.obsm)}."
+        raise KeyError(msg)
+    refuse_empty_cells(table, raw_counts(table, None))
+    return {"molecules"}

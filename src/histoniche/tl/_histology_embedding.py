@@ -107,7 +107,7 @@ def embed_histology(
     *,
     image_key: str | None,
     encoder: str,
-    mode: str,
+    mode: Literal["crop", "dense"],
     um_per_px: float | None = None,
     weights: str | Path | None = None,
     pretrained: bool = True,

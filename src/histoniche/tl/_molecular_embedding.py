@@ -91,16 +91,14 @@ def molecular_embedding(
         raise ValueError(msg)
     counts = raw_counts(table, layer)
     train = train_mask(table, split_key)
+    if empty_cells != "mean":
+        refuse_empty_cells(table, counts)
     empty = np.asarray(counts.sum(axis=1)).ravel() == 0
-    if empty.any() and empty_cells != "mean":
-        msg = (
-            f"{int(empty.sum())} cells have no counts, the first is {table.obs_names[empty][0]!r}: drop them "
-            "(`scanpy.pp.filter_cells(adata, min_counts=1)`), or keep them with empty_cells='mean'."
-        )
-        raise ValueError(msg)
     fitted = train & ~empty
     if fitted.sum() <= n_latent:
-        msg = f"n_latent={n_latent} needs more than {n_latent} training cells with counts, there are {int(fitted.sum())}."
+        msg = (
+            f"n_latent={n_latent} needs more than {n_latent} training cells with counts, there are {int(fitted.sum())}."
+        )
         raise ValueError(msg)
     embed = _scvi if method == "scvi" else _pca
     latent = np.empty((table.n_obs, n_latent), dtype=np.float32)
@@ -139,6 +137,18 @@ def raw_counts(table: AnnData, layer: str | None) -> sparse.csr_matrix:
         )
         raise ValueError(msg)
     return counts
+
+
+def refuse_empty_cells(table: AnnData, counts: sparse.csr_matrix) -> None:
+    """Raise where a cell has no counts."""
+    empty = np.asarray(counts.sum(axis=1)).ravel() == 0
+    if empty.any():
+        msg = (
+            f"{int(empty.sum())} cells have no counts, the first is {table.obs_names[empty][0]!r}: drop them "
+            "(`scanpy.pp.filter_cells(adata, min_counts=1)`), or keep them with "
+            "`hn.tl.molecular_embedding(..., empty_cells='mean')`."
+        )
+        raise ValueError(msg)
 
 
 def _scvi(

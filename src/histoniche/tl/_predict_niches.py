@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from histoniche import _keys
@@ -15,6 +14,8 @@ from ._histology_embedding import check_contract, embed_histology
 from ._niches import confidence, niche_columns
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
     from anndata import AnnData
     from spatialdata import SpatialData
