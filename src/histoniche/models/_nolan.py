@@ -123,7 +123,6 @@ def fit_nolan(
     keep: float = 0.7,
     max_tokens: int = 32,
     local_views: int = 2,
-    proportions: float = 0.0,
     seed: int = 0,
     description: str = "NOLAN",
 ) -> NolanResult:
@@ -188,9 +187,6 @@ def fit_nolan(
         ]
         with torch.no_grad():
             targets = [teacher(*view) for view in inputs[:2]]
-        if proportions > 0:
-            pull = teacher_temperature * proportions * torch.from_numpy(occupancy.pull).to(targets[0])
-            targets = [view + pull for view in targets]
         occupancy.update(torch.softmax(targets[0] / teacher_temperature, dim=-1).mean(0).float().cpu().numpy())
         value = self_distillation_loss(
             [student(*view) for view in inputs], targets, student_temperature, teacher_temperature
@@ -221,17 +217,12 @@ class _Occupancy:
     """Running mean of the teacher's assignment, to notice a collapse."""
 
     def __init__(self, start: np.ndarray) -> None:
-        self.mean = self.initial = start
+        self.mean = start
         self.start = effective_number(start)
 
     @property
     def effective(self) -> float:
         return effective_number(self.mean)
-
-    @property
-    def pull(self) -> np.ndarray:
-        """Logits, (K,), that pull the mean assignment back to the proportions at the start."""
-        return np.log(np.maximum(self.initial, 1e-6) / np.maximum(self.mean, 1e-6))
 
     @property
     def collapsed(self) -> bool:

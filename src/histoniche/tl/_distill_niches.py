@@ -142,45 +142,16 @@ def distill_niches(
     )  # fmt: skip
     if model_dir is not None:
         check_free(Path(model_dir), overwrite=overwrite)
-    of_table: dict[str, Any] = {"spatial_key": spatial_key, "table_key": table_key}
-    if "graph" in missing:
-        spatial_neighbors(target.data, target_neighbors=target_neighbors, split_key=split_key, seed=seed, **of_table)
-    if "histology" in missing:
-        histology_embedding(
-            target.sdata,
-            image_key=image_key,
-            encoder=encoder,
-            mode=mode,
-            store=store,
-            key_added=features_key,
-            **of_table,
-        )
-    if "molecules" in missing:
-        molecular_embedding(
-            target.data, method="scvi" if use_rep == str(_keys.SCVI) else "pca", split_key=split_key, seed=seed,
-            table_key=table_key,
-        )  # fmt: skip
-    if "teacher" in missing:
-        nolan(target.data, n_niches=n_niches, use_rep=use_rep, split_key=split_key, seed=seed, **of_table)
+    _run_missing(
+        target, missing, n_niches=n_niches, image_key=image_key, encoder=encoder, mode=mode, store=store,
+        features_key=features_key, use_rep=use_rep, target_neighbors=target_neighbors, split_key=split_key,
+        spatial_key=spatial_key, seed=seed, table_key=table_key,
+    )  # fmt: skip
 
     table = target.table
-    graph, radius = need_graph(table)
-    xy = coordinates(target, spatial_key)
-    histology, teacher = features(table, features_key), features(table, str(_keys.TEACHER_LOGITS))
-    settings_of_fit = {"n_steps": n_steps, "batch_size": batch_size, "lr": lr, "seed": seed}
-    student = NicheStudent(
-        StudentConfig(
-            n_features=histology.shape[1], n_niches=n_niches, radius=radius, contract=contract_of(table, features_key),
-            niches=list(table.obs[str(_keys.TEACHER)].cat.categories), temperature=temperature, width=width, depth=depth,
-            training=dict(settings_of_fit),
-        )
-    )  # fmt: skip
-    train = train_mask(table, split_key)
-    student.fit(
-        histology, graph, xy, teacher, train_cells=train, n_steps=n_steps, batch_size=batch_size, lr=lr, seed=seed
-    )
-    logits = student.predict(histology, graph, xy)
-    _report(student, logits, teacher, n_neighbors=graph.counts, train=train, test=test_mask(table, split_key))
+    fit = {"n_steps": n_steps, "batch_size": batch_size, "lr": lr, "seed": seed}
+    size = {"temperature": temperature, "width": width, "depth": depth}
+    student, logits = _teach(table, coordinates(target, spatial_key), features_key, split_key, size=size, fit=fit)
     place = Path(model_dir) if model_dir is not None else settings.cache_dir / "models" / student.digest[:16]
     student.save(place, overwrite=overwrite or model_dir is None)
     obs, uns = niche_columns(logits, str(_keys.NICHE), student.config.niches)
@@ -188,8 +159,7 @@ def distill_niches(
     return target.write(
         "distill_niches",
         params={
-            **settings_of_fit, "n_niches": n_niches, "temperature": temperature, "width": width, "depth": depth,
-            "radius": radius, "weights_sha256": student.digest,
+            **fit, **size, "n_niches": n_niches, "radius": student.config.radius, "weights_sha256": student.digest,
         },
         inputs={
             "features": features_key, "teacher": str(_keys.TEACHER_LOGITS), "split_key": split_key,
@@ -205,23 +175,64 @@ def distill_niches(
     )  # fmt: skip
 
 
-def _report(
-    student: NicheStudent,
-    logits: np.ndarray,
-    teacher: np.ndarray,
+def _run_missing(
+    target: Target,
+    missing: set[str],
     *,
-    n_neighbors: np.ndarray,
-    train: np.ndarray,
-    test: np.ndarray,
+    n_niches: int,
+    image_key: str | None,
+    encoder: str,
+    mode: Literal["crop", "dense"],
+    store: str | Path | None,
+    features_key: str,
+    use_rep: str,
+    target_neighbors: float,
+    split_key: str,
+    spatial_key: str,
+    seed: int,
+    table_key: str | None,
 ) -> None:
-    """Note for the model card on what the student was trained, and how often it agrees with the teacher."""
+    """Run the steps that are missing; the one that may lack access to its weights before the long ones."""
+    common: dict[str, Any] = {"seed": seed, "split_key": split_key, "table_key": table_key}
+    if "graph" in missing:
+        spatial_neighbors(target.data, target_neighbors=target_neighbors, spatial_key=spatial_key, **common)
+    if "histology" in missing:
+        histology_embedding(
+            target.sdata, image_key=image_key, encoder=encoder, mode=mode, store=store, key_added=features_key,
+            spatial_key=spatial_key, table_key=table_key,
+        )  # fmt: skip
+    if "molecules" in missing:
+        molecular_embedding(target.data, method="scvi" if use_rep == str(_keys.SCVI) else "pca", **common)
+    if "teacher" in missing:
+        nolan(target.data, n_niches=n_niches, use_rep=use_rep, spatial_key=spatial_key, **common)
+
+
+def _teach(
+    table: AnnData, xy: np.ndarray, features_key: str, split_key: str, *, size: dict[str, Any], fit: dict[str, Any]
+) -> tuple[NicheStudent, np.ndarray]:
+    """Train a student on the training cells; the student, and its logits (n, K) of all cells."""
+    graph, radius = need_graph(table)
+    histology, teacher = features(table, features_key), features(table, str(_keys.TEACHER_LOGITS))
+    train, test = train_mask(table, split_key), test_mask(table, split_key)
+    config = StudentConfig(
+        n_features=histology.shape[1],
+        n_niches=teacher.shape[1],
+        radius=radius,
+        contract=contract_of(table, features_key),
+        niches=list(table.obs[str(_keys.TEACHER)].cat.categories),
+        training=dict(fit),
+        **size,
+    )
+    student = NicheStudent(config).fit(histology, graph, xy, teacher, train_cells=train, **fit)
+    logits = student.predict(histology, graph, xy)
+    # For the model card: on what the student was trained, and how often it agrees with the teacher.
     agree = logits.argmax(1) == teacher.argmax(1)
-    figures = student.config.training
-    figures["n_cells"] = int(train.sum())
-    figures["mean_neighbors"] = round(float(n_neighbors[train].mean()), 2)
-    figures["agreement_train"] = round(float(agree[train].mean()), 4)
+    config.training["n_cells"] = int(train.sum())
+    config.training["mean_neighbors"] = round(float(graph.counts[train].mean()), 2)
+    config.training["agreement_train"] = round(float(agree[train].mean()), 4)
     if test.any():
-        figures["agreement_test"] = round(float(agree[test].mean()), 4)
+        config.training["agreement_test"] = round(float(agree[test].mean()), 4)
+    return student, logits
 
 
 def contract_of(table: AnnData, features_key: str) -> dict[str, Any]:
