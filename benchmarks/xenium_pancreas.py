@@ -135,11 +135,11 @@ def plots(sdata: SpatialData, arguments: argparse.Namespace) -> None:
 
     place = arguments.docs / "xenium_pancreas"
     place.mkdir(parents=True, exist_ok=True)
-    hn.pl.niche_map(sdata, image_key="virtual_he", save=place / "niche_map.png")
-    hn.pl.niche_composition(sdata, cell_type_key="graph_cluster", save=place / "composition.png")
-    hn.pl.confusion(sdata, save=place / "confusion.png")
-    hn.pl.training_history(sdata, save=place / "training.png")
-    hn.pl.exemplars(sdata, image_key="virtual_he", save=place / "exemplars.png")
+    hn.pl.niche_map(sdata, image_key="virtual_he", save=place / "niche_map.jpg")
+    hn.pl.niche_composition(sdata, cell_type_key="graph_cluster", save=place / "composition.jpg")
+    hn.pl.confusion(sdata, save=place / "confusion.jpg")
+    hn.pl.training_history(sdata, save=place / "training.jpg")
+    hn.pl.exemplars(sdata, image_key="virtual_he", save=place / "exemplars.jpg")
 
 
 STAGES = {
@@ -235,15 +235,15 @@ logistic regressions on the features of the cell, and of the cell beside its nei
 the teacher's niches of training cells. Histology NOLAN and Histology Leiden saw no niche. The teacher ended with
 {float(nolan["final_effective_niches"]):.2f} effective niches of {arguments.n_niches}.
 
-![Niche maps of teacher and student](xenium_pancreas/niche_map.png)
+![Niche maps of teacher and student](xenium_pancreas/niche_map.jpg)
 
-![Composition](xenium_pancreas/composition.png)
+![Composition](xenium_pancreas/composition.jpg)
 
-![Confusion on the test strip](xenium_pancreas/confusion.png)
+![Confusion on the test strip](xenium_pancreas/confusion.jpg)
 
-![Crops of virtual H&E of each niche](xenium_pancreas/exemplars.png)
+![Crops of virtual H&E of each niche](xenium_pancreas/exemplars.jpg)
 
-![Training](xenium_pancreas/training.png)
+![Training](xenium_pancreas/training.jpg)
 
 ## Time and memory
 

@@ -86,7 +86,6 @@ intersphinx_mapping = (
 
 html_theme = "sphinx_book_theme"
 html_title = project
-html_static_path = ["_static"]
 html_show_sphinx = False
 html_theme_options = {
     "path_to_docs": "docs",

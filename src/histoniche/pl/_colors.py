@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import colorsys
 
-# The colours of Okabe and Ito without black, then the colours that keep the greatest distance in CIELAB to all before
-# them, to white and to light grey, as seen with normal and with simulated red- or green-blind vision (Machado 2009).
+# The colours of Okabe and Ito without black, then colours far in CIELAB from all before them, from white and from light
+# grey, as seen with normal and with simulated red- or green-blind vision (Machado 2009); further blues come late, since
+# beside those of Okabe and Ito they are hard to tell apart on a map of small points.
 _COLORS = (
-    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#0000FF",
-    "#4B3C0F", "#3C69FF", "#78F078", "#690069", "#E10F4B", "#6900B4", "#B4E1A5", "#781E3C",
-    "#8796FF", "#C3964B", "#D200B4", "#694B69", "#874B00", "#0FC3D2", "#E1A5A5", "#4B693C",
+    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#690069",
+    "#4B3C0F", "#78F078", "#E10F4B", "#B4E1A5", "#781E3C", "#D200B4", "#0000FF", "#C3964B",
+    "#694B69", "#8796FF", "#874B00", "#0FC3D2", "#E1A5A5", "#4B693C", "#6900B4", "#3C69FF",
 )  # fmt: skip
 _GOLDEN = 0.618033988749895
 

@@ -32,7 +32,7 @@ def training_history(
     save: str | Path | None = None,
     table_key: str | None = None,
 ) -> Figure:
-    """Plot loss and effective number of niches over the steps of training, one row per model.
+    """Plot loss and effective number of niches, or agreement, over the steps of training, one row per model.
 
     Parameters
     ----------
@@ -50,7 +50,7 @@ def training_history(
     Returns
     -------
     The figure; nothing is written to ``data``. Reads ``uns[key]``: what has "loss" in its name is drawn on the left,
-    what begins with "effective" on the right, each step in pale and a running mean on top of it; ``"step"``, where it
+    what begins with "effective" or "agreement" on the right, each step in pale and a running mean on top of it; ``"step"``, where it
     is given, is the axis.
 
     Raises
@@ -74,22 +74,30 @@ def training_history(
     figure, axes = plt.subplots(len(drawable), n_columns, figsize=size, squeeze=False, layout="constrained")
     for row, (model, curves) in zip(axes, drawable.items(), strict=True):
         step = table.uns[key][model].get("step")
-        for ax, names, label in zip(row, curves, ("loss", "effective number of niches"), strict=False):
+        for ax, names in zip(row, curves, strict=False):
             if not names:
                 ax.set_axis_off()
                 continue
             _draw(ax, {name: np.asarray(table.uns[key][model][name], dtype=float) for name in names}, step)
+            label, least = _label(names[0])
             ax.set_ylabel(label)
             ax.set_title(model, fontsize=10)
-            if label.startswith("effective"):
-                ax.set_ylim(bottom=1)
+            if least is not None:
+                ax.set_ylim(bottom=least)
     return finish(figure, save)
 
 
 def _curves(history: Mapping[str, np.ndarray]) -> tuple[list[str], list[str]]:
     """Names of the curves on the left and on the right."""
     names = [name for name, values in history.items() if np.ndim(values) == 1 and len(values) > 0]
-    return [n for n in names if "loss" in n], [n for n in names if n.startswith("effective")]
+    return [n for n in names if "loss" in n], [n for n in names if n.startswith(("effective", "agreement"))][:1]
+
+
+def _label(name: str) -> tuple[str, float | None]:
+    """Label of the y axis, and where it begins where that is known."""
+    if name.startswith("effective"):
+        return "effective number of niches", 1.0
+    return ("agreement with the teacher", 0.0) if name.startswith("agreement") else ("loss", None)
 
 
 def _draw(ax: Axes, curves: dict[str, np.ndarray], step: np.ndarray | None) -> None:
