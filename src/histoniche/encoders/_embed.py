@@ -13,19 +13,20 @@ from histoniche._compute import ahead, make_fabric
 from histoniche._settings import settings
 
 from ._contract import feature_contract
-from ._dense import dense_blocks, dense_dim, read_tile, sample_tile
+from ._dense import dense_block_width, dense_dim, dense_geometry, embed_tiles
 from ._store import FeatureStore
 from ._tiles import Slide, blocks_of
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from torch import Tensor
-
     from ._load import Encoder
+    from ._tiles import Region
 
 _CROP_BLOCK = 512
 """Width in px of the squares whose cells share one reading of the image in crop mode."""
+_SAMPLED_WHOLE = 8192
+"""Widest level in px that is read as a whole to tell one image from another."""
 
 
 def embed(
@@ -41,8 +42,8 @@ def embed(
 ) -> FeatureStore:
     """Embed the histology around cells into a store, or finish one that was begun.
 
-    Memory is flat in the number of cells and in the size of the image: one tile or one batch of crops is held, and the
-    next is read while it is encoded.
+    Memory is flat in the number of cells and in the size of the image: the pixels of one block of about 1000 px are held,
+    and those of the next are read while it is encoded.
 
     Parameters
     ----------
@@ -61,7 +62,7 @@ def embed(
     target_um_per_px
         Resolution at which the encoder sees the tissue.
     batch_size
-        Crops at a time; the features do not depend on it.
+        Crops, or tiles of one block, at a time; the features do not depend on it, rounding apart.
 
     Returns
     -------
@@ -69,16 +70,25 @@ def embed(
     """
     slide = Slide.at(pyramid, um_per_px, target_um_per_px)
     scaled = points * slide.scale
-    if mode == "dense":
-        (blocks, corners), dim = dense_blocks(scaled, encoder), dense_dim(encoder)
-    else:
-        blocks, corners = blocks_of(scaled, _CROP_BLOCK)
-        dim = crop_dim(encoder)
+    # What a cell needs of the image reaches this far beyond the block that it lies in.
+    width, reach = (
+        (dense_block_width(encoder), dense_geometry(encoder)[1])
+        if mode == "dense"
+        else (_CROP_BLOCK, encoder.spec.input_px / 2)
+    )
+    blocks, edges = blocks_of(scaled, width)
+    fabric = make_fabric()
+    encoder.module.to(fabric.device)
+    dim = dense_dim(encoder) if mode == "dense" else crop_dim(encoder)
     contract = feature_contract(encoder, mode, target_um_per_px)
     filled = FeatureStore.open_or_create(store, blocks, dim, contract, fingerprint(pyramid, points, um_per_px))
     missing = [b for b in range(len(blocks)) if not filled.done(b)]
-    fabric = make_fabric()
-    encoder.module.to(fabric.device)
+    work = embed_tiles if mode == "dense" else embed_crops
+
+    def read(i: int) -> Region:
+        low = edges[missing[i]]
+        return slide.region(low - reach, low + width + reach)
+
     with (
         torch.inference_mode(),
         fabric.autocast(),
@@ -87,19 +97,9 @@ def embed(
             unit="cell", disable=not settings.progress,
         ) as bar,
     ):  # fmt: skip
-        if mode == "dense":
-            for b, tile in zip(
-                missing,
-                ahead(lambda i: _pinned(read_tile(slide, corners[missing[i]], encoder), fabric.device), len(missing)),
-                strict=True,
-            ):
-                parts = sample_tile(tile.to(fabric.device, non_blocking=True), scaled[blocks[b]] - corners[b], encoder)
-                filled.write(b, np.concatenate([part.float().cpu().numpy() for part in parts], axis=1))
-                bar.update(len(blocks[b]))
-        else:
-            for b in missing:
-                filled.write(b, _crops(slide, scaled[blocks[b]], encoder, fabric.device, batch_size))
-                bar.update(len(blocks[b]))
+        for b, region in zip(missing, ahead(read, len(missing)), strict=True):
+            filled.write(b, work(region.to(fabric.device), scaled[blocks[b]], encoder, batch_size))
+            bar.update(len(blocks[b]))
     return filled
 
 
@@ -107,30 +107,17 @@ def crop_dim(encoder: Encoder) -> int:
     """Length of the embedding of a crop."""
     size = encoder.spec.input_px
     with torch.inference_mode():
-        return encoder.pooled(torch.zeros(1, 3, size, size)).shape[1]
+        return encoder.pooled(torch.zeros(1, 3, size, size, device=encoder.device)).shape[1]
 
 
-def _crops(slide: Slide, points: np.ndarray, encoder: Encoder, device: torch.device, batch_size: int) -> np.ndarray:
-    """Embeddings (n, d) of crops centred on points (n, 2) in target px."""
+def embed_crops(region: Region, points: np.ndarray, encoder: Encoder, batch_size: int) -> np.ndarray:
+    """Embeddings (n, d) float32 of the crops centred on points (n, 2) in target px."""
     size = encoder.spec.input_px
-    # Cells close together share a batch, so that the region that is read for it is small.
-    order = np.lexsort((points[:, 0], np.floor(points[:, 1] / size)))
-    starts = range(0, len(points), batch_size)
-
-    def cut(i: int) -> Tensor:
-        rows = order[starts[i] : starts[i] + batch_size]
-        return _pinned(slide.windows(points[rows] - size / 2, size), device)
-
     found = [
-        encoder.pooled(crops.to(device, non_blocking=True)).float().cpu().numpy() for crops in ahead(cut, len(starts))
+        encoder.pooled(region.windows(points[start : start + batch_size] - size / 2, size)).float().cpu().numpy()
+        for start in range(0, len(points), batch_size)
     ]
-    out = np.empty((len(points), found[0].shape[1]), dtype=np.float32)
-    out[order] = np.concatenate(found)
-    return out
-
-
-def _pinned(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.pin_memory() if device.type == "cuda" else tensor
+    return np.concatenate(found)
 
 
 def fingerprint(pyramid: tuple[Any, ...], points: np.ndarray, um_per_px: float) -> str:
@@ -139,6 +126,12 @@ def fingerprint(pyramid: tuple[Any, ...], points: np.ndarray, um_per_px: float) 
     sha.update(np.ascontiguousarray(points, dtype=np.float64).tobytes())
     sha.update(f"{[tuple(level.shape) for level in pyramid]} {um_per_px:.9g}".encode())
     coarsest = pyramid[-1]
-    step = max(1, max(coarsest.shape[1:]) // 512)
-    sha.update(np.ascontiguousarray(coarsest[:, ::step, ::step]).tobytes())
+    width = max(coarsest.shape[1:])
+    if width <= _SAMPLED_WHOLE:
+        step = max(1, width // 512)
+        sha.update(np.ascontiguousarray(coarsest[:, ::step, ::step]).tobytes())
+    else:  # an image without small levels: a few patches, so that it is not read as a whole
+        for y in np.linspace(0, coarsest.shape[1] - 64, 5).clip(0).astype(int):
+            for x in np.linspace(0, coarsest.shape[2] - 64, 5).clip(0).astype(int):
+                sha.update(np.ascontiguousarray(coarsest[:, y : y + 64, x : x + 64]).tobytes())
     return sha.hexdigest()

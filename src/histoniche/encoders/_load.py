@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from histoniche._random import isolated_rng
 
+from ._dense import map_shifts
 from ._registry import EncoderSpec, get
 
 
@@ -38,10 +39,22 @@ class Encoder:
     module: nn.Module
     revision: str
 
+    _shifts: dict[int, float] = field(default_factory=dict, repr=False)
+
     @property
     def is_vit(self) -> bool:
         """Whether dense features are patch tokens."""
         return not self.spec.dense_strides
+
+    @property
+    def fixed_size(self) -> bool:
+        """Whether images must have the width the network was trained at: attention over windows, or over everything."""
+        return self.is_vit or bool(getattr(self.module, "pretrained_cfg", {}).get("fixed_input_size"))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.module.parameters()).device
 
     def normalise(self, rgb: Tensor) -> Tensor:
         """RGB in 0 to 255, (B, 3, H, W), to what the network expects."""
@@ -61,32 +74,39 @@ class Encoder:
         Per map: (B, C, h, w), its stride in px, and how far the middle of what a position of the map sees lies to the
         right of (and below) the middle of its stride x stride square, in px.
         """
+        if not hasattr(self.module, "forward_intermediates"):
+            msg = f"encoder {self.spec.name!r} gives no feature maps: use mode='crop'."
+            raise ValueError(msg)
         x = self.normalise(rgb)
         if self.is_vit:
             (tokens,) = self.module.forward_intermediates(
                 x, indices=1, norm=True, output_fmt="NCHW", intermediates_only=True
             )
             return [(tokens, x.shape[-1] / tokens.shape[-1], 0.0)]
-        info = self.module.feature_info
-        strides = list(info.reduction()) if hasattr(info, "reduction") else [entry["reduction"] for entry in info]
         # The last of several maps of one stride has seen most.
-        last = {stride: i for i, stride in enumerate(strides)}
+        last = {stride: i for i, stride in enumerate(_reductions(self.module))}
         missing = set(self.spec.dense_strides) - set(last)
         if missing:
             msg = f"encoder {self.spec.name!r} has no feature map of stride {sorted(missing)}; it has {sorted(last)}."
             raise ValueError(msg)
+        if not self._shifts:
+            size = self.spec.input_px
+            self._shifts = map_shifts(self.module, x.new_zeros(1, 3, size, size))
         indices = [last[stride] for stride in self.spec.dense_strides]
         maps = self.module.forward_intermediates(x, indices=indices, output_fmt="NCHW", intermediates_only=True)
-        side = 1.0 if self._pads_after else -1.0
-        return [(m, float(s), side * (s - 1) / 2) for m, s in zip(maps, self.spec.dense_strides, strict=True)]
+        # A stride without a shift of its own is made by layers that do not overlap.
+        return [
+            (m, float(s), max(item for item in self._shifts.items() if item[0] <= s)[1])
+            for m, s in zip(maps, self.spec.dense_strides, strict=True)
+        ]
 
-    @property
-    def _pads_after(self) -> bool:
-        # Convolutions of stride 2 look half a pixel to one side at each level: with TensorFlow's "same" padding after
-        # the image, with torch's padding before it.
-        from timm.layers import Conv2dSame
 
-        return any(isinstance(layer, Conv2dSame) for layer in self.module.modules())
+def _reductions(module: nn.Module) -> list[int]:
+    """Strides of the intermediate feature maps, in the order of ``forward_intermediates``."""
+    info = getattr(module, "feature_info", None)
+    if not info or not hasattr(module, "forward_intermediates"):
+        return []
+    return [int(r) for r in (info.reduction() if hasattr(info, "reduction") else [e["reduction"] for e in info])]
 
 
 def load_encoder(name: str | EncoderSpec, *, weights: str | Path | None = None, pretrained: bool = True) -> Encoder:
@@ -117,26 +137,38 @@ def load_encoder(name: str | EncoderSpec, *, weights: str | Path | None = None, 
     KeyError
         No encoder of this name.
     ValueError
-        The weights do not fit the architecture.
+        The weights do not fit the architecture, are damaged, or hold more than tensors.
     """
     spec = get(name) if isinstance(name, str) else name
     if weights is not None:
+        tensors = _read_weights(Path(weights))
         module = _create(spec, pretrained=False)
-        _load_strictly(module, _read_weights(Path(weights)), str(weights))
+        _load_strictly(module, tensors, str(weights))
     elif not pretrained:
-        with isolated_rng(0):
-            module = _create(spec, pretrained=False)
-    elif spec.source == "package":
         module = _create(spec, pretrained=False)
-        _load_strictly(module, _efficientnet_lite0(), spec.model)
+    elif spec.source == "package":
+        tensors = _efficientnet_lite0()
+        module = _create(spec, pretrained=False)
+        _load_strictly(module, tensors, spec.model)
     else:
         try:
             module = _create(spec, pretrained=True)
         except Exception as error:  # hub, network and timm raise many kinds; all are told as one, with their cause
             raise EncoderAccessError(_how_to_get(spec, error)) from error
     module = module.eval().requires_grad_(requires_grad=False).to(memory_format=torch.channels_last)
+    if spec.source == "timm":
+        spec = _completed(spec, module)
     random = weights is None and not pretrained
     return Encoder(spec, module, "random-init" if random else f"sha256:{_digest(module)[:16]}")
+
+
+def _completed(spec: EncoderSpec, module: nn.Module) -> EncoderSpec:
+    """What only the network itself tells: the length of its embedding, and where dense features are read."""
+    reductions = _reductions(module)
+    levels = sorted(set(reductions))
+    strides = () if len(levels) == 1 and len(reductions) > 1 else tuple(s for s in levels if 8 <= s <= 32)
+    dim = int(getattr(module, "head_hidden_size", None) or module.num_features)
+    return replace(spec, dim=dim, dense_strides=strides)
 
 
 def _create(spec: EncoderSpec, *, pretrained: bool) -> nn.Module:
@@ -147,7 +179,9 @@ def _create(spec: EncoderSpec, *, pretrained: bool) -> nn.Module:
         if isinstance(arguments.get(key), str):
             arguments[key] = {"SwiGLUPacked": timm.layers.SwiGLUPacked, "SiLU": nn.SiLU}[arguments[key]]
     model = f"hf-hub:{spec.model}" if pretrained and spec.source == "hub" else (spec.architecture or spec.model)
-    return timm.create_model(model, pretrained=pretrained, num_classes=0, **arguments)
+    # Layers draw their first weights from the global generator, also where they are replaced at once.
+    with isolated_rng(0):
+        return timm.create_model(model, pretrained=pretrained, num_classes=0, **arguments)
 
 
 def _how_to_get(spec: EncoderSpec, error: Exception) -> str:
@@ -167,11 +201,27 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         msg = f"weights={str(path)!r} does not exist."
         raise FileNotFoundError(msg)
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
 
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+            found = load_file(path)
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and safetensors raise many kinds for files that are damaged or hold code
+        cause = str(error).strip().splitlines() or ["no message"]
+        msg = (
+            f"weights={str(path)!r} cannot be read ({type(error).__name__}: {cause[0]}): it is damaged, or holds more "
+            "than tensors. Give a .safetensors file, or a state dict of tensors alone saved by torch."
+        )
+        raise ValueError(msg) from error
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        inner = sorted(map(str, found)) if isinstance(found, dict) else type(found).__name__
+        msg = (
+            f"weights={str(path)!r} is not a state dict of tensors (it holds {inner}): save the inner state dict alone."
+        )
+        raise ValueError(msg)
+    return found
 
 
 def _load_strictly(module: nn.Module, weights: dict[str, Tensor], origin: str) -> None:
@@ -179,7 +229,7 @@ def _load_strictly(module: nn.Module, weights: dict[str, Tensor], origin: str) -
     # A classifier that the encoder does not have may be left over; nothing else may.
     extra = {name for name in weights if name not in own and name.split(".")[0] in {"classifier", "head", "fc"}}
     try:
-        module.load_state_dict({name: value for name, value in weights.items() if name not in extra})
+        module.load_state_dict({name: value for name, value in weights.items() if name not in extra}, strict=True)
     except RuntimeError as error:
         msg = f"The weights of {origin!r} do not fit the architecture: {error}"
         raise ValueError(msg) from error

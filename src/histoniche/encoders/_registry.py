@@ -40,7 +40,8 @@ class EncoderSpec:
     arguments
         Arguments of ``timm.create_model``.
     dense_strides
-        Strides of the feature maps that dense mode concatenates; empty for the patch tokens of a ViT.
+        Strides of the feature maps that dense mode concatenates; empty for the patch tokens of a ViT. For
+        ``"timm/<model>"`` they are known once the model is loaded, as is ``dim``.
     architecture
         Architecture in timm that local weights are loaded into.
     """
@@ -130,8 +131,12 @@ def _timm_spec(name: str) -> EncoderSpec:
         close = timm.list_models(f"*{model.split('.')[0][:8]}*")[:5]
         msg = f"encoder={name!r}: timm has no model {model!r}" + (f"; similar: {close}." if close else ".")
         raise KeyError(msg)
-    config = timm.get_pretrained_cfg(model)
-    is_vit = "vit" in model or "deit" in model or "eva" in model
+    try:
+        config = timm.get_pretrained_cfg(model)
+    except RuntimeError as error:  # a tag that does not exist
+        tags = timm.list_pretrained(f"{model.split('.')[0]}.*")
+        msg = f"encoder={name!r}: {error} timm has the weights {tags}."
+        raise KeyError(msg) from error
     return EncoderSpec(
         name=name,
         source="timm",
@@ -142,7 +147,6 @@ def _timm_spec(name: str) -> EncoderSpec:
         mean=tuple(config.mean) if config else IMAGENET_MEAN,
         std=tuple(config.std) if config else IMAGENET_STD,
         licence=(config.license if config else None) or "unknown",
-        dense_strides=() if is_vit else (8, 16, 32),
     )
 
 
@@ -212,7 +216,26 @@ register(
         dim=1280,
         licence="CC-BY-NC-ND-4.0",
         gated=True,
-        arguments=_swiglu(5.3375, img_size=224, init_values=1e-5),
+        # Published with all tokens as output; the class token is the embedding.
+        arguments=_swiglu(5.3375, img_size=224, init_values=1e-5, global_pool="token"),
+    )
+)
+register(
+    EncoderSpec(
+        name="prov-gigapath",
+        source="hub",
+        model="prov-gigapath/prov-gigapath",
+        architecture="vit_giant_patch14_dinov2",
+        dim=1536,
+        licence="Prov-GigaPath licence: research only",
+        gated=True,
+        arguments={
+            "img_size": 224,
+            "patch_size": 16,
+            "init_values": 1e-5,
+            "mlp_ratio": 5.33334,
+            "dynamic_img_size": True,
+        },
     )
 )
 register(
@@ -228,6 +251,20 @@ register(
         arguments={"init_values": 1e-5, "dynamic_img_size": True, "img_size": 224},
     )
 )
+for _size, _dim in (("small", 384), ("base", 768)):
+    register(
+        EncoderSpec(
+            name=f"kaiko-vit-{_size[0]}16",
+            source="hub",
+            model=f"1aurent/vit_{_size}_patch16_224.kaiko_ai_towards_large_pathology_fms",
+            architecture=f"vit_{_size}_patch16_224",
+            dim=_dim,
+            mean=HALF,
+            std=HALF,
+            licence="non-commercial",
+            arguments={"dynamic_img_size": True},
+        )
+    )
 register(
     EncoderSpec(
         name="efficientnet-lite0",

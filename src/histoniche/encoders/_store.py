@@ -52,9 +52,19 @@ class FeatureStore:
             self.contract: dict[str, Any] = head["contract"]
             self.fingerprint: str = head["fingerprint"]
             self._starts = np.asarray(head["starts"], dtype=np.int64)
+            written_by = head["format"]
         except Exception as error:  # zarr and json raise many kinds for damaged files
             what = "it cannot be read"
             raise self._damaged(what, error) from error
+        if written_by != _FORMAT:
+            msg = f"The feature store {str(self.path)!r} has the format {written_by}, this version reads {_FORMAT}: choose another place."
+            raise ValueError(msg)
+        rows = self._row_of_cell
+        if self._features.shape[0] != self._starts[-1] or (
+            len(rows) and not 0 <= rows.min() <= rows.max() < self._starts[-1]
+        ):
+            what = f"its {len(self._features)} rows do not fit its blocks and cells"
+            raise self._damaged(what)
         self._cache: OrderedDict[int, np.ndarray] = OrderedDict()
 
     @classmethod
@@ -77,12 +87,7 @@ class FeatureStore:
             Of what: cells, image and transformation.
         """
         path = Path(path)
-        n_cells = sum(len(block) for block in blocks)
-        padded = [-(-len(block) // _CHUNK_ROWS) * _CHUNK_ROWS for block in blocks]
-        starts = np.concatenate([[0], np.cumsum(padded)]).astype(np.int64)
-        row_of_cell = np.empty(n_cells, dtype=np.int64)
-        for start, block in zip(starts, blocks, strict=False):
-            row_of_cell[block] = start + np.arange(len(block))
+        starts, row_of_cell = _layout(blocks)
         path.parent.mkdir(parents=True, exist_ok=True)
         making = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
         group = zarr.open_group(making, mode="w-", zarr_format=3)
@@ -95,7 +100,7 @@ class FeatureStore:
             serializer=BytesCodec(),
             compressors=Crc32cCodec(),
         )
-        group.create_array("row_of_cell", data=row_of_cell, chunks=(max(1, n_cells),))
+        group.create_array("row_of_cell", data=row_of_cell, chunks=(max(1, len(row_of_cell)),))
         (making / "done").mkdir()
         head = {"format": _FORMAT, "contract": contract, "fingerprint": fingerprint, "starts": starts.tolist()}
         (making / "histoniche.json").write_text(json.dumps(head), encoding="utf-8")
@@ -119,7 +124,20 @@ class FeatureStore:
         if store.fingerprint != fingerprint:
             msg = f"The feature store {str(path)!r} holds the features of other cells or of another image: choose another place."
             raise ValueError(msg)
+        starts, row_of_cell = _layout(blocks)
+        if (
+            store.shape[1] != dim
+            or not np.array_equal(starts, store._starts)
+            or not np.array_equal(row_of_cell, store._row_of_cell)
+        ):
+            msg = f"The feature store {str(path)!r} has its cells in other blocks, as another version of histoniche makes them: choose another place."
+            raise ValueError(msg)
         return store
+
+    @property
+    def dtype(self) -> np.dtype:
+        """float16."""
+        return np.dtype(np.float16)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -182,8 +200,7 @@ class FeatureStore:
         """All features, (n, d) float16, in memory."""
         unfinished = [block for block in range(self.n_blocks) if not self.done(block)]
         if unfinished:
-            msg = f"The feature store {str(self.path)!r} is unfinished ({len(unfinished)} of {self.n_blocks} blocks are missing): run its step again."
-            raise ValueError(msg)
+            raise self._unfinished(unfinished)
         out = np.empty(self.shape, dtype=np.float16)
         cell_of_row = np.full(self._features.shape[0], -1, dtype=np.int64)
         cell_of_row[self._row_of_cell] = np.arange(len(self))
@@ -203,6 +220,8 @@ class FeatureStore:
         return values
 
     def _read(self, chunk: int) -> np.ndarray:
+        if not self.done(self._block_of(chunk)):
+            raise self._unfinished([self._block_of(chunk)])
         try:
             values = self._features[chunk * _CHUNK_ROWS : (chunk + 1) * _CHUNK_ROWS]
         except Exception as error:  # a checksum or the file system, by way of zarr
@@ -212,6 +231,13 @@ class FeatureStore:
             what = "the chunk is missing"
             raise self._damaged(what, chunk=chunk)
         return values
+
+    def _unfinished(self, blocks: list[int]) -> ValueError:
+        msg = (
+            f"The feature store {str(self.path)!r} is unfinished ({len(blocks)} of {self.n_blocks} blocks are missing, "
+            f"the first is {blocks[0]}): run its step again."
+        )
+        return ValueError(msg)
 
     def _damaged(self, what: str, error: Exception | None = None, chunk: int | None = None) -> ValueError:
         which = "" if chunk is None else f", chunk {chunk} (block {self._block_of(chunk)})"
@@ -224,3 +250,13 @@ class FeatureStore:
 
     def _block_of(self, chunk: int) -> int:
         return int(np.searchsorted(self._starts, chunk * _CHUNK_ROWS, side="right")) - 1
+
+
+def _layout(blocks: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """First row of each block and the end, (n_blocks + 1,) int64; row of each cell, (n,) int64."""
+    padded = [-(-len(block) // _CHUNK_ROWS) * _CHUNK_ROWS for block in blocks]
+    starts = np.concatenate([[0], np.cumsum(padded)]).astype(np.int64)
+    row_of_cell = np.empty(sum(len(block) for block in blocks), dtype=np.int64)
+    for start, block in zip(starts[:-1], blocks, strict=True):
+        row_of_cell[block] = start + np.arange(len(block))
+    return starts, row_of_cell

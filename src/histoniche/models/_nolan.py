@@ -19,7 +19,7 @@ from histoniche.neighbors import NeighborGraph, Neighborhoods, neighborhood_mean
 from ._features import rotate, take
 from ._losses import self_distillation_loss
 from ._predict import predict_neighborhoods
-from ._training import epoch_batches, train
+from ._training import default_steps, epoch_batches, train
 from ._transformer import NeighborhoodTransformer, masked_mean
 
 if TYPE_CHECKING:
@@ -113,8 +113,8 @@ def fit_nolan(
     width: int = 64,
     depth: int = 2,
     heads: int = 4,
-    n_steps: int = 600,
-    batch_size: int = 256,
+    n_steps: int | None = None,
+    batch_size: int = 128,
     lr: float = 1e-3,
     weight_decay: float = 0.04,
     student_temperature: float = 0.1,
@@ -144,7 +144,9 @@ def fit_nolan(
         (n,) bool, cells whose neighbourhoods are learnt from; all by default.
     width, depth, heads
         Size of the Transformer.
-    n_steps, batch_size, lr, weight_decay
+    n_steps
+        Training steps; by default as many as show each training cell 10 times, between 150 and 450.
+    batch_size, lr, weight_decay
         Schedule of the optimiser.
     student_temperature, teacher_temperature
         Temperatures of the two sides.
@@ -170,6 +172,7 @@ def fit_nolan(
     Multi-crop self-distillation after Caron et al. 2021 (arXiv 2104.14294), over discs of cells.
     """
     train_rows = np.arange(graph.n_cells) if train_cells is None else np.flatnonzero(train_cells)
+    n_steps = n_steps or default_steps(len(train_rows), batch_size, epochs=10, least=150, most=450)
     module, start = _warm_start(features, graph, train_rows, n_niches, width=width, depth=depth, heads=heads, seed=seed)
     teacher = copy.deepcopy(module).requires_grad_(requires_grad=False).eval()
     views = _views(

@@ -19,7 +19,7 @@ from ._directory import read_directory, write_directory
 from ._features import FeatureSource, rotate, take
 from ._losses import distillation_loss
 from ._predict import predict_neighborhoods
-from ._training import epoch_batches, train
+from ._training import default_steps, epoch_batches, train
 from ._transformer import NeighborhoodTransformer, masked_mean
 
 _STATISTICS_CELLS = 50_000
@@ -156,7 +156,7 @@ class NicheStudent:
         teacher_logits: np.ndarray,
         *,
         train_cells: np.ndarray | None = None,
-        n_steps: int = 1500,
+        n_steps: int | None = None,
         batch_size: int = 256,
         lr: float = 1e-3,
         weight_decay: float = 0.05,
@@ -179,7 +179,9 @@ class NicheStudent:
             (n, K); their softmax is the teacher's assignment. Only those of training cells are read.
         train_cells
             (n,) bool; all by default.
-        n_steps, batch_size, lr, weight_decay
+        n_steps
+            Training steps; by default as many as show each training cell 20 times, between 300 and 1,500.
+        batch_size, lr, weight_decay
             Schedule of the optimiser.
         max_tokens, keep
             Most cells, and the share of the neighbours, that a training neighbourhood keeps.
@@ -194,6 +196,7 @@ class NicheStudent:
         """
         rows = np.arange(graph.n_cells) if train_cells is None else np.flatnonzero(train_cells)
         config = self.config
+        n_steps = n_steps or default_steps(len(rows), batch_size, epochs=20, least=300, most=1500)
         self._standardise(features, rows, seed)
         batches = epoch_batches(rows, batch_size, seed)
 

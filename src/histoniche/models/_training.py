@@ -96,6 +96,11 @@ def train(
     return history
 
 
+def default_steps(n_cells: int, batch_size: int, *, epochs: float, least: int, most: int) -> int:
+    """Steps that show each training cell ``epochs`` times, within bounds."""
+    return int(np.clip(np.ceil(epochs * n_cells / min(batch_size, n_cells)), least, most))
+
+
 def epoch_batches(rows: np.ndarray, batch_size: int, seed: int) -> Callable[[int], np.ndarray]:
     """Rows of each step: every row once per epoch, in an order that depends on the seed and the epoch alone.
 

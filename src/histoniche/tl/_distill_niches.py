@@ -49,7 +49,7 @@ def distill_niches(
     temperature: float = 2.0,
     width: int = 96,
     depth: int = 2,
-    n_steps: int = 1500,
+    n_steps: int | None = None,
     batch_size: int = 256,
     lr: float = 1e-3,
     store: str | Path | None = None,
@@ -88,7 +88,9 @@ def distill_niches(
         tau of the loss.
     width, depth
         Size of the student's Transformer.
-    n_steps, batch_size, lr
+    n_steps
+        Training steps of the student; by default as many as show each training cell 20 times, between 300 and 1,500.
+    batch_size, lr
         Training of the student.
     model_dir
         Directory for the student; by default one in ``hn.settings.cache_dir``, named after its weights.
@@ -159,7 +161,7 @@ def distill_niches(
     return target.write(
         "distill_niches",
         params={
-            **fit, **size, "n_niches": n_niches, "radius": student.config.radius, "weights_sha256": student.digest,
+            **fit, **size, "n_steps": student.config.training["n_steps"], "n_niches": n_niches, "radius": student.config.radius, "weights_sha256": student.digest,
         },
         inputs={
             "features": features_key, "teacher": str(_keys.TEACHER_LOGITS), "split_key": split_key,
@@ -228,6 +230,7 @@ def _teach(
     # For the model card: on what the student was trained, and how often it agrees with the teacher.
     agree = logits.argmax(1) == teacher.argmax(1)
     config.training["n_cells"] = int(train.sum())
+    config.training["n_steps"] = len(student.history["loss"])
     config.training["mean_neighbors"] = round(float(graph.counts[train].mean()), 2)
     config.training["agreement_train"] = round(float(agree[train].mean()), 4)
     if test.any():

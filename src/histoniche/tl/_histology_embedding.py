@@ -20,6 +20,7 @@ def histology_embedding(
     encoder: str = "uni2-h",
     mode: Literal["crop", "dense"] = "crop",
     um_per_px: float | None = None,
+    field_of_view: float | None = None,
     weights: str | Path | None = None,
     pretrained: bool = True,
     store: str | Path | None = None,
@@ -50,8 +51,9 @@ def histology_embedding(
     mode
         ``"crop"`` or ``"dense"``.
     um_per_px
-        Resolution at which the encoder sees the tissue; by default the one it was trained at. The field of view of a
-        crop is the encoder's width in px times this.
+        Resolution at which the encoder sees the tissue; by default the one it was trained at.
+    field_of_view
+        Width of a crop in um, instead of ``um_per_px``, which it sets: the encoder's width in px is given.
     weights
         Local file with the weights, instead of the hub's.
     pretrained
@@ -60,7 +62,7 @@ def histology_embedding(
         Directory of a feature store to fill, to finish where a run was stopped, or to read where it is complete. By
         default a temporary one, removed afterwards.
     batch_size
-        Crops at a time; the features do not depend on it.
+        Crops, or small tiles, at a time; the features do not depend on it, rounding apart.
     key_added
         Entry of ``obsm`` to write; ``X_<encoder>`` by default.
     spatial_key
@@ -89,12 +91,18 @@ def histology_embedding(
         No such encoder, image or table.
     ValueError
         An image that is not RGB uint8, without an affine transformation to um, or that does not hold all cells; a
-        feature store that is damaged or holds other features; unknown mode; ``um_per_px`` not positive.
+        feature store that is damaged or holds other features; unknown mode; ``um_per_px``,
+        ``field_of_view`` or ``batch_size`` not positive, or both of the first two.
 
     References
     ----------
     Crops of 112 um and UNI2-h: arXiv 2604.09076; UNI: Chen et al. 2024, doi 10.1038/s41591-024-02857-3.
     """
+    if field_of_view is not None:
+        if um_per_px is not None or not 0 < field_of_view < float("inf"):
+            msg = f"field_of_view={field_of_view} must be positive, and um_per_px={um_per_px} be left out with it."
+            raise ValueError(msg)
+        um_per_px = field_of_view / encoders.get(encoder).input_px
     target = open_target(sdata, table_key=table_key, copy=copy)
     return embed_histology(
         target, image_key=image_key, encoder=encoder, mode=mode, um_per_px=um_per_px, weights=weights,
@@ -123,8 +131,11 @@ def embed_histology(
         raise ValueError(msg)
     spec = encoders.get(encoder)
     resolution = spec.um_per_px if um_per_px is None else um_per_px
-    if not resolution > 0:
+    if not 0 < resolution < float("inf"):
         msg = f"um_per_px={um_per_px} must be positive."
+        raise ValueError(msg)
+    if batch_size < 1:
+        msg = f"batch_size={batch_size} must be at least 1."
         raise ValueError(msg)
     xy = coordinates(target, spatial_key)
     picture = image(target.sdata, image_key)

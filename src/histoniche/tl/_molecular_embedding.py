@@ -26,7 +26,7 @@ def molecular_embedding(
     layer: str | None = None,
     empty_cells: Literal["error", "mean"] = "error",
     max_epochs: int | None = None,
-    batch_size: int = 1024,
+    batch_size: int | None = None,
     split_key: str = "split",
     key_added: str | None = None,
     seed: int = 0,
@@ -50,9 +50,9 @@ def molecular_embedding(
         Cells without a count say nothing. ``"error"`` refuses them; ``"mean"`` leaves them out of the fit and gives
         them the mean embedding of the training cells.
     max_epochs
-        Passes of scVI over the training cells; by default as many as make 4,000 steps, between 5 and 200.
+        Passes of scVI over the training cells; by default as many as make 4,000 steps, between 5 and 100.
     batch_size
-        Cells of a step of scVI.
+        Cells of a step of scVI; by default a twentieth of the training cells, between 128 and 1,024.
     split_key
         Column of ``obs`` with the split; without it all cells are used.
     key_added
@@ -152,15 +152,21 @@ def refuse_empty_cells(table: AnnData, counts: sparse.csr_matrix) -> None:
 
 
 def _scvi(
-    counts: sparse.csr_matrix, fitted: np.ndarray, n_latent: int, *, max_epochs: int | None, batch_size: int, seed: int
+    counts: sparse.csr_matrix,
+    fitted: np.ndarray,
+    n_latent: int,
+    *,
+    max_epochs: int | None,
+    batch_size: int | None,
+    seed: int,
 ) -> np.ndarray:
     import anndata
     import scvi
 
     n_fitted = int(fitted.sum())
-    batch_size = min(batch_size, n_fitted)
+    batch_size = min(batch_size or int(np.clip(n_fitted // 20, 128, 1024)), n_fitted)
     if max_epochs is None:
-        max_epochs = int(np.clip(np.ceil(4000 * batch_size / n_fitted), 5, 200))
+        max_epochs = int(np.clip(np.ceil(4000 * batch_size / n_fitted), 5, 100))
     verbosity = scvi.settings.verbosity
     with isolated_rng(seed):
         scvi.settings.seed = seed
@@ -193,7 +199,13 @@ def _scvi(
 
 
 def _pca(
-    counts: sparse.csr_matrix, fitted: np.ndarray, n_latent: int, *, max_epochs: int | None, batch_size: int, seed: int
+    counts: sparse.csr_matrix,
+    fitted: np.ndarray,
+    n_latent: int,
+    *,
+    max_epochs: int | None,
+    batch_size: int | None,
+    seed: int,
 ) -> np.ndarray:
     del max_epochs, batch_size
     totals = np.asarray(counts.sum(axis=1)).ravel()

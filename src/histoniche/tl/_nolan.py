@@ -24,7 +24,7 @@ def nolan(
     n_niches: int = 10,
     use_rep: str = "X_scVI",
     key_added: str = "niche_teacher",
-    n_steps: int = 450,
+    n_steps: int | None = None,
     batch_size: int = 128,
     teacher_temperature: float = 0.05,
     split_key: str = "split",
@@ -51,7 +51,7 @@ def nolan(
     key_added
         Column of ``obs`` to write.
     n_steps
-        Training steps.
+        Training steps; by default as many as show each training cell 10 times, between 150 and 450.
     batch_size
         Cells of a step.
     teacher_temperature
@@ -127,13 +127,13 @@ def nolan(
     obs, uns = niche_columns(result.logits, key_added)
     history = {name: np.asarray(values, dtype=np.float32) for name, values in result.history.items()}
     if is_teacher:
-        uns[str(_keys.HISTORY)] = {"teacher": history}
+        uns[str(_keys.HISTORY)] = {**table.uns.get(str(_keys.HISTORY), {}), "teacher": history}
     return target.write(
         "nolan",
         params={
-            "n_niches": n_niches, "n_steps": n_steps, "batch_size": batch_size, "seed": seed, "radius": radius,
+            "n_niches": n_niches, "n_steps": len(result.history["loss"]), "batch_size": batch_size, "seed": seed, "radius": radius,
             "teacher_temperature": teacher_temperature, "collapsed": result.collapsed,
-            "final_effective_niches": float(history["effective_niches"][-1]) if len(history) else float("nan"),
+            "final_effective_niches": float(history["effective_niches"][-1]),
         },
         inputs={"use_rep": use_rep, "split_key": split_key, "spatial_key": spatial_key},
         obs=obs,
