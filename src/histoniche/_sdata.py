@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+import dask.array as da
 import numpy as np
 from anndata import AnnData
 from spatialdata import SpatialData, get_centroids
@@ -18,8 +19,9 @@ from .neighbors import NeighborGraph
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    import dask.array as da
     import xarray as xr
+
+    from .models._features import FeatureSource
 
 _RECORDED_VERSIONS = ("histoniche", "anndata", "spatialdata", "numpy", "torch", "timm", "scvi-tools", "leidenalg")
 
@@ -292,6 +294,25 @@ def features(table: AnnData, key: str) -> np.ndarray:
         msg = f"obsm[{key!r}] has {int(bad.sum())} cells with NaN or infinite values, the first is {table.obs_names[bad][0]!r}."
         raise ValueError(msg)
     return values
+
+
+def streamed_features(table: AnnData, key: str) -> np.ndarray | FeatureSource:
+    """As :func:`features`; an embedding that was left on disk is read from its store, batch by batch."""
+    if not isinstance(table.obsm.get(key), da.Array):
+        return features(table, key)
+    place = ((origin(table, "obsm", key) or {}).get("params") or {}).get("store")
+    if place is None:
+        return features(table, key)
+    from .encoders import FeatureStore
+
+    store = FeatureStore(place)
+    if store.shape != table.obsm[key].shape:
+        msg = (
+            f"obsm[{key!r}] has {table.obsm[key].shape[0]} cells, its feature store {str(place)!r} has {store.shape[0]}: "
+            f"keep the selected cells in memory, `table.obsm[{key!r}] = table.obsm[{key!r}].compute()`."
+        )
+        raise ValueError(msg)
+    return store
 
 
 def niche_graph(table: AnnData) -> tuple[NeighborGraph, float] | None:

@@ -69,9 +69,7 @@ def test_take_any_cells_in_any_order_with_repeats(store: FeatureStore, features:
     np.testing.assert_array_equal(store.take(np.arange(len(store))), store.to_numpy())
 
 
-def test_memory_of_take_is_bounded(
-    store: FeatureStore, features: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_of_take_is_bounded(store: FeatureStore, features: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     chunk_bytes = 256 * DIM * 2
     monkeypatch.setattr(_store, "_CACHE_BYTES", 2 * chunk_bytes + 1)
     reads: list[int] = []

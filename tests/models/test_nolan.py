@@ -33,7 +33,7 @@ def test_finds_niches_that_cells_alone_do_not_show(tissue: tuple) -> None:
     assert result.logits.dtype == np.float32
     found = adjusted_rand(band, result.logits.argmax(1))
     assert found > 0.75
-    assert found > adjusted_rand(band, result.start) - 0.02
+    assert found >= adjusted_rand(band, result.start)
     assert adjusted_rand(band, features.argmax(1)) < 0.4
     assert not result.collapsed
     # Numbered by size, the largest first.
@@ -42,10 +42,24 @@ def test_finds_niches_that_cells_alone_do_not_show(tissue: tuple) -> None:
 
 def test_logits_are_on_the_scale_of_the_teachers_own_temperature(tissue: tuple) -> None:
     features, graph, xy, _ = tissue
-    soft = fit_nolan(features, graph, xy, 3, radius=RADIUS, teacher_temperature=0.5, **{**QUICK, "n_steps": 1})
-    hard = fit_nolan(features, graph, xy, 3, radius=RADIUS, teacher_temperature=0.05, **{**QUICK, "n_steps": 1})
+    soft = fit_nolan(
+        features, graph, xy, 3, radius=RADIUS, teacher_temperature=0.5, consensus=False, **{**QUICK, "n_steps": 1}
+    )
+    hard = fit_nolan(
+        features, graph, xy, 3, radius=RADIUS, teacher_temperature=0.05, consensus=False, **{**QUICK, "n_steps": 1}
+    )
     np.testing.assert_allclose(hard.logits, 10 * soft.logits, rtol=1e-2, atol=1e-2)
     assert softmax(hard.logits, axis=1).max(1).mean() > softmax(soft.logits, axis=1).max(1).mean()
+
+
+def test_consensus_is_the_mean_over_the_discs_around_a_cell(tissue: tuple) -> None:
+    features, graph, xy, _ = tissue
+    quick = {**QUICK, "n_steps": 2, "teacher_temperature": 0.3}
+    alone = softmax(fit_nolan(features, graph, xy, 3, radius=RADIUS, consensus=False, **quick).logits, axis=1)
+    found = softmax(fit_nolan(features, graph, xy, 3, radius=RADIUS, **quick).logits, axis=1)
+    for cell in (0, 700, 1499):
+        rows = np.append(graph.indices[graph.indptr[cell] : graph.indptr[cell + 1]], cell)
+        np.testing.assert_allclose(found[cell], alone[rows].mean(0), atol=1e-4)
 
 
 def test_scale_and_shift_of_the_embedding_do_not_matter(tissue: tuple) -> None:
@@ -73,14 +87,14 @@ def test_cells_outside_the_training_part_do_not_train(tissue: tuple) -> None:
     quick = {**QUICK, "n_steps": 10}
     one = fit_nolan(features, graph, xy, 3, radius=RADIUS, train_cells=train, **quick)
     two = fit_nolan(spoilt, graph, xy, 3, radius=RADIUS, train_cells=train, **quick)
-    inside = xy[:, 0] < 100 - RADIUS
+    inside = xy[:, 0] < 100 - 2 * RADIUS
     np.testing.assert_array_equal(one.logits[inside], two.logits[inside])
 
 
 def test_collapse_is_noticed_and_undone(tissue: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     features, graph, xy, _ = tissue
     monkeypatch.setattr(_Occupancy, "update", lambda self, mean: setattr(self, "mean", np.array([1.0, 0, 0])))
-    result = fit_nolan(features, graph, xy, 3, radius=RADIUS, **QUICK)
+    result = fit_nolan(features, graph, xy, 3, radius=RADIUS, consensus=False, **QUICK)
     assert result.collapsed
     assert len(result.history["loss"]) == 1
     np.testing.assert_array_equal(result.logits.argmax(1), result.start)

@@ -205,3 +205,19 @@ def test_no_model_is_overwritten(embedded: SpatialData, tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="overwrite=True"):
         hn.tl.distill_niches(embedded, model_dir=tmp_path / "model", **{**QUICK, "n_steps": 3})
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == weights
+
+
+def test_features_left_on_disk_teach_the_same_student(embedded: SpatialData, tmp_path: Path) -> None:
+    in_memory = hn.tl.distill_niches(embedded, copy=True, **{**QUICK, "n_steps": 6})["table"]
+    key = "X_efficientnet-lite0"
+    expected = embedded["table"].obsm[key]
+    hn.tl.histology_embedding(
+        embedded, encoder="efficientnet-lite0", mode="dense", store=tmp_path / "store.zarr", in_memory=False
+    )
+    lazy = embedded["table"].obsm[key]
+    assert not isinstance(lazy, np.ndarray)
+    np.testing.assert_array_equal(np.asarray(lazy), expected)
+    hn.tl.distill_niches(embedded, **{**QUICK, "n_steps": 6})
+    np.testing.assert_array_equal(embedded["table"].obsm["niche_logits"], in_memory.obsm["niche_logits"])
+    with pytest.raises(ValueError, match="needs a place for it: store="):
+        hn.tl.histology_embedding(embedded, encoder="efficientnet-lite0", mode="dense", in_memory=False)

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from ._load import Encoder
     from ._tiles import Region
 
-_CNN_TILE, _CNN_MARGIN = 1152, 64
+# On tissue, EfficientNet-Lite0's map of stride 32 at the seam of two tiles explains this much of the variance of the same
+# map without a seam: nothing with a margin of 64 px, 0.69 with 128, 0.95 with 192, 0.997 with 256.
+_CNN_TILE, _CNN_MARGIN = 1536, 256
 _BLOCK = 1024
 """Least width in px of the squares whose tiles share one reading of the image, where tiles are smaller."""
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from scipy.special import softmax
 from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 _KMEANS_CELLS = 200_000
 _COLLAPSED = 0.5
 """Training stops where the effective number of niches falls below this share of what it started from."""
+
+
+_LEAST_PROBABILITY = 1e-6
 
 
 class Nolan(nn.Module):
@@ -123,6 +127,7 @@ def fit_nolan(
     keep: float = 0.7,
     max_tokens: int = 32,
     local_views: int = 2,
+    consensus: bool = True,
     seed: int = 0,
     description: str = "NOLAN",
 ) -> NolanResult:
@@ -158,6 +163,9 @@ def fit_nolan(
         Most cells of a view in training.
     local_views
         Number of local discs beside the two global ones.
+    consensus
+        Whether the assignment of a cell is the mean over the discs centred on it and on its neighbours, the views that
+        training holds to be of one niche, instead of that of its own disc alone.
     seed
         Seed of everything random.
     description
@@ -213,6 +221,9 @@ def fit_nolan(
             features, graph, train_rows, n_niches, width=width, depth=depth, heads=heads, seed=seed
         )
     logits = predict_neighborhoods(teacher.eval(), features, graph, xy, radius=radius) / teacher_temperature
+    if consensus:
+        assignment = neighborhood_mean(graph, softmax(logits, axis=1))
+        logits = np.log(np.maximum(assignment, _LEAST_PROBABILITY))
     return NolanResult(logits, start, history, occupancy.collapsed)
 
 

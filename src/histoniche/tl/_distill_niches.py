@@ -18,6 +18,7 @@ from histoniche._sdata import (
     niche_graph,
     open_target,
     origin,
+    streamed_features,
     test_mask,
     train_mask,
 )
@@ -214,7 +215,7 @@ def _teach(
 ) -> tuple[NicheStudent, np.ndarray]:
     """Train a student on the training cells; the student, and its logits (n, K) of all cells."""
     graph, radius = need_graph(table)
-    histology, teacher = features(table, features_key), features(table, str(_keys.TEACHER_LOGITS))
+    histology, teacher = streamed_features(table, features_key), features(table, str(_keys.TEACHER_LOGITS))
     train, test = train_mask(table, split_key), test_mask(table, split_key)
     config = StudentConfig(
         n_features=histology.shape[1],
@@ -272,7 +273,7 @@ def _check(
     if niche_graph(table) is None:
         missing.add("graph")
     if features_key in table.obsm:
-        features(table, features_key)
+        streamed_features(table, features_key)
     else:
         missing.add("histology")
         encoders.get(encoder)

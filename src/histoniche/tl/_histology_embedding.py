@@ -6,6 +6,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import dask.array as da
+import numpy as np
+
 from histoniche import _keys, encoders
 from histoniche._sdata import Target, check_inside, coordinates, image, open_target
 
@@ -24,6 +27,7 @@ def histology_embedding(
     weights: str | Path | None = None,
     pretrained: bool = True,
     store: str | Path | None = None,
+    in_memory: bool = True,
     batch_size: int = 64,
     key_added: str | None = None,
     spatial_key: str = "spatial",
@@ -106,7 +110,7 @@ def histology_embedding(
     target = open_target(sdata, table_key=table_key, copy=copy)
     return embed_histology(
         target, image_key=image_key, encoder=encoder, mode=mode, um_per_px=um_per_px, weights=weights,
-        pretrained=pretrained, store=store, batch_size=batch_size, key_added=key_added, spatial_key=spatial_key,
+        pretrained=pretrained, store=store, in_memory=in_memory, batch_size=batch_size, key_added=key_added, spatial_key=spatial_key,
     )  # fmt: skip
 
 
@@ -120,6 +124,7 @@ def embed_histology(
     weights: str | Path | None = None,
     pretrained: bool = True,
     store: str | Path | None = None,
+    in_memory: bool = True,
     batch_size: int = 64,
     key_added: str | None = None,
     spatial_key: str = "spatial",
@@ -133,6 +138,9 @@ def embed_histology(
     resolution = spec.um_per_px if um_per_px is None else um_per_px
     if not 0 < resolution < float("inf"):
         msg = f"um_per_px={um_per_px} must be positive."
+        raise ValueError(msg)
+    if not in_memory and store is None:
+        msg = "in_memory=False leaves the features in their store, so it needs a place for it: store=."
         raise ValueError(msg)
     if batch_size < 1:
         msg = f"batch_size={batch_size} must be at least 1."
@@ -150,13 +158,26 @@ def embed_histology(
             picture.pyramid, points, picture.um_per_px, loaded, place,
             mode=mode, target_um_per_px=resolution, batch_size=batch_size,
         )  # fmt: skip
-        values = filled.to_numpy()
+        values = filled.to_numpy() if in_memory else da.from_array(_Rows(filled), chunks=(4096, -1), name=False)
     return target.write(
         "histology_embedding",
-        params={"contract": contract, "store": str(store) if store is not None else None},
+        params={"contract": contract, "store": str(place.resolve()) if store is not None else None},
         inputs={"image_key": picture.key, "spatial_key": spatial_key},
         obsm={key_added or _keys.histology(encoder): values},
     )
+
+
+class _Rows:
+    """A store as dask sees it: an array that is read row by row."""
+
+    ndim = 2
+
+    def __init__(self, store: encoders.FeatureStore) -> None:
+        self._store = store
+        self.shape, self.dtype = store.shape, np.dtype(np.float16)
+
+    def __getitem__(self, key: tuple[slice, slice]) -> np.ndarray:
+        return self._store.take(np.arange(self.shape[0])[key[0]])[:, key[1]]
 
 
 def check_contract(expected: dict[str, Any], found: dict[str, Any], what: str) -> None:

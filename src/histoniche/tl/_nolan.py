@@ -27,6 +27,7 @@ def nolan(
     n_steps: int | None = None,
     batch_size: int = 128,
     teacher_temperature: float = 0.05,
+    consensus: bool = True,
     split_key: str = "split",
     spatial_key: str = "spatial",
     seed: int = 0,
@@ -55,7 +56,10 @@ def nolan(
     batch_size
         Cells of a step.
     teacher_temperature
-        Temperature of the teacher's assignment; smaller is harder.
+        Temperature of the assignment of a disc; smaller is harder.
+    consensus
+        Whether the assignment of a cell is the mean over the discs centred on it and on its neighbours, which training
+        holds to be of one niche. It is then graded where niches meet.
     split_key
         Column of ``obs`` with the split: only neighbourhoods of training cells are learnt from. Without it, all.
     spatial_key
@@ -76,7 +80,7 @@ def nolan(
         Categorical with the K categories "0" to "K-1", numbered by size at the start; colours in
         ``uns[key_added + "_colors"]``.
     ``obsm["niche_logits_teacher"]`` (``obsm[key_added + "_logits"]`` for another ``key_added``)
-        (n, K) float32; their softmax is the assignment at the teacher's own temperature.
+        (n, K) float32; their softmax is the teacher's assignment.
     ``uns["niche_history"]["teacher"]``
         Loss and effective number of niches, exp(entropy of the mean assignment), of each step.
     ``uns["histoniche"]["nolan"]``
@@ -115,6 +119,7 @@ def nolan(
         n_steps=n_steps,
         batch_size=batch_size,
         teacher_temperature=teacher_temperature,
+        consensus=consensus,
         seed=seed,
     )
     if result.collapsed:
@@ -132,7 +137,7 @@ def nolan(
         "nolan",
         params={
             "n_niches": n_niches, "n_steps": len(result.history["loss"]), "batch_size": batch_size, "seed": seed, "radius": radius,
-            "teacher_temperature": teacher_temperature, "collapsed": result.collapsed,
+            "teacher_temperature": teacher_temperature, "consensus": consensus, "collapsed": result.collapsed,
             "final_effective_niches": float(history["effective_niches"][-1]),
         },
         inputs={"use_rep": use_rep, "split_key": split_key, "spatial_key": spatial_key},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from histoniche import _keys
-from histoniche._sdata import Target, coordinates, features, open_target, slide_of_cell
+from histoniche._sdata import Target, coordinates, open_target, slide_of_cell, streamed_features
 from histoniche.models import NicheStudent
 from histoniche.neighbors import radius_graph
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import numpy as np
     from anndata import AnnData
     from spatialdata import SpatialData
+
+    from histoniche.models._features import FeatureSource
 
 _LEAST_NEIGHBORS = 1.0
 
@@ -128,7 +130,7 @@ def _histology(
     weights: str | Path | None,
     store: str | Path | None,
     spatial_key: str,
-) -> np.ndarray:
+) -> np.ndarray | FeatureSource:
     """Features that keep the model's contract: those of the table, or made now."""
     contract = student.config.contract
     if features_key not in target.table.obsm:
@@ -148,4 +150,4 @@ def _histology(
             expected=contract,
         )
     check_contract(contract, contract_of(target.table, features_key), f"obsm[{features_key!r}]")
-    return features(target.table, features_key)
+    return streamed_features(target.table, features_key)
