@@ -470,7 +470,8 @@ def check_inside(image_: Image, xy: np.ndarray, names: Any) -> np.ndarray:
     """Pixel coordinates of the cells; an error where any lies outside the image."""
     px = image_.to_px(xy)
     height, width = image_.pyramid[0].shape[1:]
-    outside = (px < 0).any(axis=1) | (px[:, 0] > width) | (px[:, 1] > height)
+    edge = 1e-6  # a cell exactly on the edge may be rounded beyond it
+    outside = (px < -edge).any(axis=1) | (px[:, 0] > width + edge) | (px[:, 1] > height + edge)
     if outside.any():
         first = int(np.flatnonzero(outside)[0])
         msg = (

@@ -106,7 +106,7 @@ def test_gate_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         raise errors.LocalEntryNotFoundError("cannot find the file on disk and outgoing traffic has been disabled")
 
     monkeypatch.setattr(timm, "create_model", refuse)
-    with pytest.raises(EncoderAccessError, match="LocalEntryNotFoundError.*HF_HUB_OFFLINE"):
+    with pytest.raises(EncoderAccessError, match=r"LocalEntryNotFoundError.*HF_HUB_OFFLINE"):
         load_encoder("virchow2")
 
 

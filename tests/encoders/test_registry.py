@@ -41,9 +41,9 @@ def test_timm_models_are_known_by_their_prefix() -> None:
 
 
 def test_unknown_timm_model_names_similar_ones() -> None:
-    with pytest.raises(KeyError, match="timm has no model 'resnet180'.*similar.*resnet18"):
+    with pytest.raises(KeyError, match=r"timm has no model 'resnet180'.*similar.*resnet18"):
         encoders.get("timm/resnet180")
-    with pytest.raises(KeyError, match="timm/resnet18.no_such_tag"):
+    with pytest.raises(KeyError, match=r"timm/resnet18.no_such_tag"):
         encoders.get("timm/resnet18.no_such_tag")
 
 

@@ -99,7 +99,7 @@ def test_unfinished_store_is_not_taken_for_whole(
     assert [again.done(b) for b in range(4)] == [False, True, False, True]
     with pytest.raises(ValueError, match=r"unfinished \(2 of 4 blocks are missing"):
         again.to_numpy()
-    with pytest.raises(ValueError, match="unfinished|missing"):
+    with pytest.raises(ValueError, match=r"unfinished|missing"):
         again.take(blocks[0][:3])
     np.testing.assert_array_equal(again.take(blocks[1]), features[blocks[1]])
     resumed = FeatureStore.open_or_create(made.path, blocks, DIM, CONTRACT, "print")
@@ -165,7 +165,7 @@ def test_damaged_head(store: FeatureStore) -> None:
     with pytest.raises(ValueError, match=r"damaged.*starts"):
         FeatureStore(store.path)
     head.unlink()
-    with pytest.raises(FileNotFoundError, match="histoniche.json is missing"):
+    with pytest.raises(FileNotFoundError, match=r"histoniche.json is missing"):
         FeatureStore(store.path)
 
 
