@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -23,68 +25,97 @@ def _tissue(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.clip(170 + 250 * smooth, 0, 255).astype(np.uint8)
 
 
-@pytest.mark.parametrize(("stride", "shift"), [(8.0, 3.5), (16.0, -7.5), (14.0, 0.0), (32.0, 15.5)])
-def test_a_ramp_map_gives_exact_coordinates(stride: float, shift: float) -> None:
+@pytest.mark.parametrize("stride", [8.0, 16.0, 14.0, 32.0])
+def test_a_ramp_map_gives_exact_coordinates(stride: float) -> None:
     h, w = 9, 13
-    x = (torch.arange(w) + 0.5) * stride + shift
-    y = (torch.arange(h) + 0.5) * stride + shift
+    x = (torch.arange(w) + 0.5) * stride
+    y = (torch.arange(h) + 0.5) * stride
     ramp = torch.stack([x.expand(h, w), y[:, None].expand(h, w)])[None]
     low = np.array([x[0], y[0]])
     points = low + np.random.default_rng(0).random((50, 2)) * (np.array([x[-1], y[-1]]) - low)
     points[:2] = [low, [x[-1], y[-1]]]
-    got = sample_map(ramp, stride, shift, points)
+    got = sample_map(ramp, stride, points)
     assert got.dtype == torch.float32
     np.testing.assert_allclose(got.numpy(), points, atol=1e-3)
     # Beyond the outermost positions the map goes on as it is there.
-    np.testing.assert_allclose(sample_map(ramp, stride, shift, low[None] - 50).numpy(), low[None], atol=1e-3)
+    np.testing.assert_allclose(sample_map(ramp, stride, low[None] - 50).numpy(), low[None], atol=1e-3)
 
 
-def _looks_at(encoder: Encoder, level: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """For some positions of a map: the (x, y) it is said to stand for, and the centroid of |gradient| of the input."""
+@pytest.mark.parametrize("axis", [0, 1])
+def test_positions_look_at_their_middle(cnn: Encoder, axis: int) -> None:
+    """A trained network sees the same in a mirrored image, at the mirrored place: not half a stride aside."""
+    size = 512
     image = torch.from_numpy(_tissue(size, size, seed=5)).float()[None]
-    said, seen = [], []
-    rng = np.random.default_rng(0)
-    with torch.enable_grad():
-        rgb = image.clone().requires_grad_()
-        features, stride, shift = encoder.maps(rgb)[level]
-        assert features.shape[2:] == (size // stride, size // stride)
-        centre = features.shape[2] // 2
-        for i, j in rng.integers(centre - 3, centre + 3, (6, 2)):
-            total = torch.zeros(size, size)
-            for channel in rng.choice(features.shape[1], 10, replace=False):
-                (grad,) = torch.autograd.grad(features[0, channel, i, j], rgb, retain_graph=True)
-                total += grad[0].abs().sum(dim=0)
-            weight = (total / total.sum()).numpy()
-            middle = np.arange(size) + 0.5
-            seen.append([weight.sum(axis=0) @ middle, weight.sum(axis=1) @ middle])
-            said.append([(j + 0.5) * stride + shift, (i + 0.5) * stride + shift])
-    return np.array(said), np.array(seen)
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [("efficientnet-lite0", 3.5), ("timm/resnet18", -3.5), ("timm/test_convnext", 0.0)],
-)
-def test_positions_look_where_they_are_said_to(name: str, expected: float) -> None:
-    """Of TensorFlow's "same" padding, torch's padding, and patches that do not overlap."""
-    encoder = load_encoder(name, pretrained=name == "efficientnet-lite0")
+    points = np.random.default_rng(0).uniform(150, size - 150, (300, 2))
+    mirrored = points.copy()
+    mirrored[:, axis] = size - points[:, axis]
     with torch.inference_mode():
-        maps = encoder.maps(torch.zeros(1, 3, 224, 224))
-    assert (maps[0][1], maps[0][2]) == (8.0, expected)
-    said, seen = _looks_at(encoder, 0, 224)
-    error = (seen - said).mean(axis=0)
-    assert (np.abs(error) < 8 / 3).all(), error
-    # The opposite convention would be worse.
-    if expected:
-        assert (np.abs(error) < np.abs(error + 2 * expected)).all(), error
+        pairs = zip(cnn.maps(image), cnn.maps(image.flip(3 - axis)), strict=True)
+        for (here, stride), (there, _) in pairs:
+
+            def agreement(
+                aside: float, here: torch.Tensor = here, there: torch.Tensor = there, s: float = stride
+            ) -> float:
+                a, b = sample_map(here, s, points - aside).numpy(), sample_map(there, s, mirrored - aside).numpy()
+                return 1 - ((a - b) ** 2).sum() / (2 * ((a - a.mean(axis=0)) ** 2).sum())
+
+            assert agreement(0) > max(agreement((stride - 1) / 2), agreement(-(stride - 1) / 2)), stride
 
 
-def test_shifts_grow_with_the_stride(cnn: Encoder) -> None:
+def test_maps_of_the_embedded_encoder(cnn: Encoder) -> None:
     with torch.inference_mode():
         maps = cnn.maps(torch.zeros(2, 3, 224, 224))
-    assert [(stride, shift) for _, stride, shift in maps] == [(8.0, 3.5), (16.0, 7.5), (32.0, 15.5)]
-    assert [tuple(m.shape) for m, _, _ in maps] == [(2, 40, 28, 28), (2, 112, 14, 14), (2, 320, 7, 7)]
+    assert [stride for _, stride in maps] == [8.0, 16.0, 32.0]
+    assert [tuple(m.shape) for m, _ in maps] == [(2, 40, 28, 28), (2, 112, 14, 14), (2, 320, 7, 7)]
     assert dense_dim(cnn) == 40 + 112 + 320
+
+
+@pytest.mark.parametrize("model", ["convnext_atto", "swin_tiny_patch4_window7_224", "resnet18"])
+def test_other_networks_of_timm_give_both_kinds_of_features(model: str) -> None:
+    encoder = load_encoder(f"timm/{model}", pretrained=False)
+    assert not encoder.is_vit
+    assert encoder.spec.dense_strides == (8, 16, 32)
+    assert encoder.fixed_size == model.startswith("swin")
+    with torch.inference_mode():
+        maps = encoder.maps(torch.zeros(1, 3, 224, 224))
+        assert encoder.pooled(torch.zeros(2, 3, 224, 224)).shape == (2, encoder.spec.dim)
+    assert [(m.shape[2], stride) for m, stride in maps] == [(28, 8.0), (14, 16.0), (7, 32.0)]
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.85, 0.5, 1.3])
+@pytest.mark.usefixtures("small_tiles")
+def test_a_ramp_is_read_exactly_through_tiles(ramp: np.ndarray, means: Callable[..., Encoder], scale: float) -> None:
+    points = np.random.default_rng(0).uniform((30, 30), (210, 150), (200, 2))
+    scaled = points * scale
+    region = Slide((ramp,), scale).region(scaled.min(axis=0) - 100, scaled.max(axis=0) + 100)
+    with torch.inference_mode():
+        found = embed_tiles(region, scaled, means(4, 8), 3)
+    assert found.shape == (200, 6)
+    for features in (found[:, :3], found[:, 3:]):
+        np.testing.assert_allclose(features[:, :2], points - 0.5, atol=2e-3)
+        np.testing.assert_allclose(features[:, 2], 7, atol=1e-3)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_a_ramp_is_read_exactly_up_to_the_edge_of_the_image(ramp: np.ndarray, means: Callable[..., Encoder]) -> None:
+    points = np.array([(x, y) for x in (0.5, 1.0, 120.3, 239.5) for y in (0.5, 66.6, 179.5)])
+    region = Slide((ramp,), 1.0).region(np.full(2, -100.0), np.array([340.0, 280.0]))
+    with torch.inference_mode():
+        np.testing.assert_allclose(embed_tiles(region, points, means(1), 8)[:, :2], points - 0.5, atol=2e-3)
+
+
+def test_the_margin_hides_where_a_tile_ends(cnn: Encoder) -> None:
+    """A cell at the seam of two tiles has the same features in both, in the maps of all strides."""
+    region = Slide((_tissue(1024, 1024),), 1.0).region(np.zeros(2), np.full(2, 1024.0))
+    size, margin = 640, dense_geometry(cnn)[1]
+    points = np.random.default_rng(3).uniform(480, 544, (60, 2))
+    middle, seam = np.array([192.0, 192.0]), np.array([480.0 - margin, 192.0])
+    with torch.inference_mode():
+        maps = [cnn.maps(region.windows(corner[None], size)) for corner in (middle, seam)]
+    for (whole, stride), (cut, _) in zip(*maps, strict=True):
+        a, b = (sample_map(m, stride, points - c).numpy() for m, c in ((whole, middle), (cut, seam)))
+        explained = 1 - ((a - b) ** 2).sum() / ((a - a.mean(axis=0)) ** 2).sum()
+        assert explained > 0.98, (stride, explained)
 
 
 def test_patch_tokens_of_a_vit() -> None:
@@ -93,17 +124,17 @@ def test_patch_tokens_of_a_vit() -> None:
     assert dense_block_width(vit) % (160 - 2 * 20) == 0
     rgb = torch.rand(1, 3, 160, 160, generator=torch.Generator().manual_seed(0)) * 255
     with torch.inference_mode():
-        ((tokens, stride, shift),) = vit.maps(rgb)
+        ((tokens, stride),) = vit.maps(rgb)
         reference = vit.module.forward_features(vit.normalise(rgb))[:, vit.module.num_prefix_tokens :]
-    assert (stride, shift) == (16.0, 0.0)
+    assert stride == 16.0
     torch.testing.assert_close(tokens, reference.transpose(1, 2).reshape(1, -1, 10, 10), atol=1e-4, rtol=1e-4)
     # The middle of a patch reads its token.
-    token = sample_map(tokens, stride, shift, np.array([[3.5 * 16, 7.5 * 16]]))
+    token = sample_map(tokens, stride, np.array([[3.5 * 16, 7.5 * 16]]))
     torch.testing.assert_close(token[0], tokens[0, :, 7, 3], atol=1e-5, rtol=1e-5)
 
 
 def _embed(image: np.ndarray, points: np.ndarray, encoder: Encoder, batch_size: int = 4) -> np.ndarray:
-    region = Slide((image,), 1.0).region(np.array([-200, -200]), np.array(image.shape[:0:-1]) + 200)
+    region = Slide((image,), 1.0).region(np.full(2, -800), np.array(image.shape[:0:-1]) + 800)
     with torch.inference_mode():
         return embed_tiles(region, points, encoder, batch_size)
 
@@ -116,10 +147,10 @@ def _error(a: np.ndarray, b: np.ndarray) -> float:
 def test_features_do_not_depend_on_the_layout_of_tiles(cnn: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     image = _tissue(640, 640)
     points = np.random.default_rng(1).uniform(100, 540, (150, 2))
-    monkeypatch.setattr(_dense, "_CNN_TILE", 1152)
+    monkeypatch.setattr(_dense, "_CNN_TILE", 1216)
     whole = _embed(image, points, cnn)
     assert whole.shape == (150, 472)
-    monkeypatch.setattr(_dense, "_CNN_TILE", 384)
+    monkeypatch.setattr(_dense, "_CNN_TILE", 768)
     tiled = _embed(image, points, cnn)
     assert _error(tiled, whole) < 0.1
     # Were the cells read a stride-8 pixel aside, that would show.
@@ -129,7 +160,7 @@ def test_features_do_not_depend_on_the_layout_of_tiles(cnn: Encoder, monkeypatch
 
 
 def test_features_move_with_the_image(cnn: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_dense, "_CNN_TILE", 384)
+    monkeypatch.setattr(_dense, "_CNN_TILE", 768)
     image = _tissue(480, 480, seed=2)
     points = np.random.default_rng(2).uniform(100, 380, (100, 2))
     still = _embed(image, points, cnn)
@@ -140,7 +171,7 @@ def test_features_move_with_the_image(cnn: Encoder, monkeypatch: pytest.MonkeyPa
 
 
 def test_order_of_cells_only_orders_rows(cnn: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_dense, "_CNN_TILE", 256)
+    monkeypatch.setattr(_dense, "_CNN_TILE", 768)
     image = _tissue(300, 300)
     points = np.random.default_rng(3).uniform(0, 300, (40, 2))
     order = np.random.default_rng(4).permutation(40)

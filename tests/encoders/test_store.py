@@ -113,8 +113,12 @@ def test_a_kill_between_chunk_and_marker_leaves_the_block_undone(
 ) -> None:
     made = FeatureStore.create(tmp_path / "f.zarr", blocks, DIM, CONTRACT, "print")
 
-    def killed(self: Path, target: Path) -> None:
-        raise KeyboardInterrupt
+    replace = Path.replace
+
+    def killed(self: Path, target: Path) -> Path:
+        if Path(target).parent.name == "done":  # zarr renames its chunks in the same way, in a thread of its own
+            raise KeyboardInterrupt
+        return replace(self, target)
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", killed)

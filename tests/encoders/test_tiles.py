@@ -100,11 +100,11 @@ def test_finer_images_are_averaged_over_the_target_pixel() -> None:
 def test_white_outside(scale: float) -> None:
     slide = Slide((np.zeros((3, 40, 40), dtype=np.uint8),), scale)
     far = np.array([[-30.0, 5.0], [5.0, 40 * scale + 9], [40 * scale + 9, -50.0]])
-    assert (_windows(slide, far, 8) == 255).all()
+    np.testing.assert_allclose(_windows(slide, far, 8), 255, atol=1e-3)
     # Half in, half out: black and white meet at the edge of the image.
     half = _windows(slide, np.array([[-4.0, 16 * scale]]), 8)[0]
     assert (half[:, :, :3] >= 255 / 2).all()
-    assert (half[:, :, :1] == 255).all()
+    np.testing.assert_allclose(half[:, :, :1], 255, atol=1e-3)
     assert (half[:, :, -2:] == 0).all()
 
 

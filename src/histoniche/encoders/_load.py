@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from histoniche._random import isolated_rng
 
-from ._dense import map_shifts
 from ._registry import EncoderSpec, get
 
 
@@ -38,8 +37,6 @@ class Encoder:
     spec: EncoderSpec
     module: nn.Module
     revision: str
-
-    _shifts: dict[int, float] = field(default_factory=dict, repr=False)
 
     @property
     def is_vit(self) -> bool:
@@ -66,13 +63,12 @@ class Encoder:
         """Embeddings (B, d) of crops, (B, 3, H, W) in 0 to 255."""
         return self.module(self.normalise(rgb))
 
-    def maps(self, rgb: Tensor) -> list[tuple[Tensor, float, float]]:
+    def maps(self, rgb: Tensor) -> list[tuple[Tensor, float]]:
         """Feature maps of an image, (B, 3, H, W) in 0 to 255.
 
         Returns
         -------
-        Per map: (B, C, h, w), its stride in px, and how far the middle of what a position of the map sees lies to the
-        right of (and below) the middle of its stride x stride square, in px.
+        Per map: (B, C, h, w) and its stride in px.
         """
         if not hasattr(self.module, "forward_intermediates"):
             msg = f"encoder {self.spec.name!r} gives no feature maps: use mode='crop'."
@@ -82,23 +78,16 @@ class Encoder:
             (tokens,) = self.module.forward_intermediates(
                 x, indices=1, norm=True, output_fmt="NCHW", intermediates_only=True
             )
-            return [(tokens, x.shape[-1] / tokens.shape[-1], 0.0)]
+            return [(tokens, x.shape[-1] / tokens.shape[-1])]
         # The last of several maps of one stride has seen most.
         last = {stride: i for i, stride in enumerate(_reductions(self.module))}
         missing = set(self.spec.dense_strides) - set(last)
         if missing:
             msg = f"encoder {self.spec.name!r} has no feature map of stride {sorted(missing)}; it has {sorted(last)}."
             raise ValueError(msg)
-        if not self._shifts:
-            size = self.spec.input_px
-            self._shifts = map_shifts(self.module, x.new_zeros(1, 3, size, size))
         indices = [last[stride] for stride in self.spec.dense_strides]
         maps = self.module.forward_intermediates(x, indices=indices, output_fmt="NCHW", intermediates_only=True)
-        # A stride without a shift of its own is made by layers that do not overlap.
-        return [
-            (m, float(s), max(item for item in self._shifts.items() if item[0] <= s)[1])
-            for m, s in zip(maps, self.spec.dense_strides, strict=True)
-        ]
+        return [(m, float(s)) for m, s in zip(maps, self.spec.dense_strides, strict=True)]
 
 
 def _reductions(module: nn.Module) -> list[int]:

@@ -65,6 +65,9 @@ def histology_embedding(
     store
         Directory of a feature store to fill, to finish where a run was stopped, or to read where it is complete. By
         default a temporary one, removed afterwards.
+    in_memory
+        Whether the finished features are read into memory. Otherwise the entry of ``obsm`` is a lazy array over
+        ``store``, from which student and prediction read batch by batch; the store must then stay where it is.
     batch_size
         Crops, or small tiles, at a time; the features do not depend on it, rounding apart.
     key_added
@@ -96,7 +99,8 @@ def histology_embedding(
     ValueError
         An image that is not RGB uint8, without an affine transformation to um, or that does not hold all cells; a
         feature store that is damaged or holds other features; unknown mode; ``um_per_px``,
-        ``field_of_view`` or ``batch_size`` not positive, or both of the first two.
+        ``field_of_view`` or ``batch_size`` not positive, or both of the first two;
+        ``in_memory=False`` without ``store``.
 
     References
     ----------

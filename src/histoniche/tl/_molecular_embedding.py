@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -14,6 +16,8 @@ from histoniche._sdata import open_target, train_mask
 from histoniche._settings import settings
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from anndata import AnnData
     from spatialdata import SpatialData
 
@@ -151,6 +155,20 @@ def refuse_empty_cells(table: AnnData, counts: sparse.csr_matrix) -> None:
         raise ValueError(msg)
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Warnings only from scvi-tools and Lightning, which announce devices, seeds and products otherwise."""
+    loggers = [logging.getLogger(name) for name in ("scvi", "lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
 def _scvi(
     counts: sparse.csr_matrix,
     fitted: np.ndarray,
@@ -167,31 +185,26 @@ def _scvi(
     batch_size = min(batch_size or int(np.clip(n_fitted // 20, 128, 1024)), n_fitted)
     if max_epochs is None:
         max_epochs = int(np.clip(np.ceil(4000 * batch_size / n_fitted), 5, 100))
-    verbosity = scvi.settings.verbosity
-    with isolated_rng(seed):
+    with isolated_rng(seed), _quiet():
         scvi.settings.seed = seed
-        scvi.settings.verbosity = 30  # warnings only: scvi-tools prints set-up notes otherwise
-        try:
-            training = anndata.AnnData(counts[fitted].astype(np.float32))
-            scvi.model.SCVI.setup_anndata(training)
-            model = scvi.model.SCVI(training, n_latent=n_latent)
-            model.train(
-                max_epochs=max_epochs,
-                accelerator=settings.accelerator,
-                devices=1,
-                batch_size=batch_size,
-                train_size=1.0,
-                enable_progress_bar=settings.progress,
-                # A last batch of one cell would break batch normalisation.
-                datasplitter_kwargs={"drop_last": n_fitted % batch_size == 1},
-                logger=False,
-                enable_checkpointing=False,
-            )
-            everything = anndata.AnnData(counts.astype(np.float32))
-            scvi.model.SCVI.setup_anndata(everything)
-            latent = model.get_latent_representation(everything, batch_size=4096)
-        finally:
-            scvi.settings.verbosity = verbosity
+        training = anndata.AnnData(counts[fitted].astype(np.float32))
+        scvi.model.SCVI.setup_anndata(training)
+        model = scvi.model.SCVI(training, n_latent=n_latent)
+        model.train(
+            max_epochs=max_epochs,
+            accelerator=settings.accelerator,
+            devices=1,
+            batch_size=batch_size,
+            train_size=1.0,
+            enable_progress_bar=settings.progress,
+            # A last batch of one cell would break batch normalisation.
+            datasplitter_kwargs={"drop_last": n_fitted % batch_size == 1},
+            logger=False,
+            enable_checkpointing=False,
+        )
+        everything = anndata.AnnData(counts.astype(np.float32))
+        scvi.model.SCVI.setup_anndata(everything)
+        latent = model.get_latent_representation(everything, batch_size=4096)
     if not np.isfinite(latent).all():
         msg = "scVI diverged: its embedding is not finite. Lower batch_size, or look for cells with extreme counts."
         raise FloatingPointError(msg)
