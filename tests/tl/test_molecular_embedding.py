@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -14,9 +16,13 @@ import histoniche as hn
 def test_cell_types_are_apart(tissue: SpatialData, method: str) -> None:
     table = tissue["table"]
     state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    environment = dict(os.environ)
     hn.tl.molecular_embedding(tissue, method=method, n_latent=6, max_epochs=40)
     assert torch.equal(torch.get_rng_state(), state[0])
     np.testing.assert_array_equal(np.random.get_state()[1], state[1])
+    assert {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"} == {
+        k: v for k, v in environment.items() if k != "PYTEST_CURRENT_TEST"
+    }
     key = {"scvi": "X_scVI", "pca": "X_niche_pca"}[method]
     latent = table.obsm[key]
     assert latent.shape == (table.n_obs, 6)

@@ -42,7 +42,7 @@ def feature_contract(encoder: Encoder, mode: str, um_per_px: float) -> dict[str,
     if mode == "crop":
         return {**contract, "pooling": "pooled", "field_of_view_um": float(spec.input_px * um_per_px)}
     tile, margin = dense_geometry(encoder)
-    pooling = "patch tokens" if encoder.is_vit else "strides " + ", ".join(str(s) for s in spec.dense_strides)
+    pooling = "patch tokens" if encoder.is_vit else "bilinear, strides " + ", ".join(str(s) for s in spec.dense_strides)
     return {**contract, "pooling": pooling, "tile_px": tile, "margin_px": margin}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
@@ -156,17 +157,30 @@ def refuse_empty_cells(table: AnnData, counts: sparse.csr_matrix) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Warnings only from scvi-tools and Lightning, which announce devices, seeds and products otherwise."""
+def _scvi_seeded(seed: int) -> Iterator[None]:
+    """Seed scvi-tools and let it give warnings alone; its settings and the environment are put back afterwards."""
+    import scvi
+    import torch
+
     loggers = [logging.getLogger(name) for name in ("scvi", "lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
+    before, environment = scvi.settings.seed, dict(os.environ)
+    cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     for logger in loggers:
         logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    with isolated_rng(seed):
+        try:
+            scvi.settings.seed = seed
+            yield
+        finally:
+            scvi.settings.seed = None
+            if before is not None:
+                scvi.settings.seed = before
+            os.environ.clear()
+            os.environ.update(environment)
+            torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 def _scvi(
@@ -185,8 +199,7 @@ def _scvi(
     batch_size = min(batch_size or int(np.clip(n_fitted // 20, 128, 1024)), n_fitted)
     if max_epochs is None:
         max_epochs = int(np.clip(np.ceil(4000 * batch_size / n_fitted), 5, 100))
-    with isolated_rng(seed), _quiet():
-        scvi.settings.seed = seed
+    with _scvi_seeded(seed):
         training = anndata.AnnData(counts[fitted].astype(np.float32))
         scvi.model.SCVI.setup_anndata(training)
         model = scvi.model.SCVI(training, n_latent=n_latent)
