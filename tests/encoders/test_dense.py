@@ -62,6 +62,25 @@ def test_positions_look_at_their_middle(cnn: Encoder, axis: int) -> None:
             assert agreement(0) > max(agreement((stride - 1) / 2), agreement(-(stride - 1) / 2)), stride
 
 
+@pytest.mark.parametrize("level", [0, 1])
+def test_gradients_of_the_trained_network_centre_on_the_middle(cnn: Encoder, level: int) -> None:
+    """The geometry of "same" padding alone would put them (stride - 1) / 2 aside; training undoes that."""
+    size, rng = 224, np.random.default_rng(0)
+    rgb = torch.from_numpy(_tissue(size, size, seed=5)).float()[None].requires_grad_()
+    features, stride = cnn.maps(rgb)[level]
+    centre, middle, errors = features.shape[2] // 2, np.arange(size) + 0.5, []
+    for i, j in rng.integers(centre - 2, centre + 2, (6, 2)):
+        total = torch.zeros(size, size)
+        for channel in rng.choice(features.shape[1], 10, replace=False):
+            (grad,) = torch.autograd.grad(features[0, channel, i, j], rgb, retain_graph=True)
+            total += grad[0].abs().sum(dim=0)
+        weight = (total / total.sum()).numpy()
+        errors.append(
+            [weight.sum(axis=0) @ middle - (j + 0.5) * stride, weight.sum(axis=1) @ middle - (i + 0.5) * stride]
+        )
+    assert (np.abs(np.mean(errors, axis=0)) < stride / 3).all(), errors
+
+
 def test_maps_of_the_embedded_encoder(cnn: Encoder) -> None:
     with torch.inference_mode():
         maps = cnn.maps(torch.zeros(2, 3, 224, 224))

@@ -12,6 +12,7 @@ import pytest
 from histoniche import encoders
 from histoniche.encoders import Encoder, FeatureStore, _embed
 from histoniche.encoders._embed import fingerprint
+from histoniche.encoders._tiles import Region, Slide
 
 Make = Callable[..., Encoder]
 POINTS = np.random.default_rng(0).uniform((0, 0), (240, 180), (300, 2))
@@ -103,6 +104,41 @@ def test_a_killed_run_is_finished_and_nothing_is_made_twice(
     beforehand = len(reused_calls(ramp, means, tmp_path / "killed", mode))
     assert len(fresh.module.calls) - beforehand == len(whole.module.calls) - beforehand - len(done)
     assert files_of(finished.path) == files_of(through.path)
+
+
+@pytest.mark.parametrize("mode", ["crop", "dense"])
+def test_only_blocks_that_were_not_written_are_read_again(
+    ramp: np.ndarray, means: Make, tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    through = embed(ramp, means(4, 8), tmp_path / "through", mode=mode)
+    reads: list[tuple[float, ...]] = []
+    region, write = Slide.region, FeatureStore.write
+
+    def counted(self: Slide, low: np.ndarray, high: np.ndarray) -> Region:
+        reads.append((*low, *high))
+        return region(self, low, high)
+
+    def full_disk(self: FeatureStore, block: int, features: np.ndarray) -> None:
+        if block == 3:
+            raise OSError("no space left")
+        write(self, block, features)
+
+    monkeypatch.setattr(Slide, "region", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureStore, "write", full_disk)
+        with pytest.raises(OSError, match="no space left"):
+            embed(ramp, means(4, 8), tmp_path / "stopped", mode=mode)
+    stopped = FeatureStore(tmp_path / "stopped")
+    assert [b for b in range(stopped.n_blocks) if stopped.done(b)] == [0, 1, 2]
+    written = set(reads[:3])
+    reads.clear()
+    finished = embed(ramp, means(4, 8), tmp_path / "stopped", mode=mode)
+    assert len(reads) == len(set(reads)) == finished.n_blocks - 3
+    assert not set(reads) & written
+    assert files_of(finished.path) == files_of(through.path)
+    reads.clear()
+    embed(ramp, means(4, 8), tmp_path / "stopped", mode=mode)
+    assert reads == []
 
 
 def test_a_store_of_something_else_is_refused_and_left_alone(ramp: np.ndarray, means: Make, tmp_path: Path) -> None:
