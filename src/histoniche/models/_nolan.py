@@ -183,6 +183,7 @@ def fit_nolan(
     n_steps = n_steps or default_steps(len(train_rows), batch_size, epochs=10, least=150, most=450)
     module, start = _warm_start(features, graph, train_rows, n_niches, width=width, depth=depth, heads=heads, seed=seed)
     teacher = copy.deepcopy(module).requires_grad_(requires_grad=False).eval()
+    untrained = copy.deepcopy(teacher)
     views = _views(
         features, graph, xy, train_rows, radius,
         batch_size=batch_size, keep=keep, max_tokens=max_tokens, local_views=local_views, seed=seed,
@@ -216,11 +217,8 @@ def fit_nolan(
             module, views, loss, n_steps=n_steps, lr=lr, weight_decay=weight_decay, after_step=follow,
             description=description,
         )  # fmt: skip
-    if occupancy.collapsed:
-        teacher, _ = _warm_start(
-            features, graph, train_rows, n_niches, width=width, depth=depth, heads=heads, seed=seed
-        )
-    logits = predict_neighborhoods(teacher.eval(), features, graph, xy, radius=radius) / teacher_temperature
+    fitted = untrained if occupancy.collapsed else teacher
+    logits = predict_neighborhoods(fitted, features, graph, xy, radius=radius) / teacher_temperature
     if consensus:
         assignment = neighborhood_mean(graph, softmax(logits, axis=1))
         logits = np.log(np.maximum(assignment, _LEAST_PROBABILITY))
