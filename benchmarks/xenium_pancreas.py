@@ -223,8 +223,8 @@ rendered from the section's own DAPI, 18S and alphaSMA/vimentin stains (`hn.pp.v
 radius {radius:.1f} um (50 neighbours on average on training cells). One run, seed {arguments.seed}.
 
 The second of four horizontal strips is held out ({split["test"]:,} test cells, {split["train"]:,} for training,
-{split["buffer"]:,} in the buffer of {float(origin["spatial_holdout"]["params"]["buffer"]):.0f} um on either side). The test
-strip was read for this table alone. The vendor's clusters stand in for cell types in JSD.
+{split["buffer"]:,} in the buffer of {float(origin["spatial_holdout"]["params"]["buffer"]):.0f} um on either side). No
+setting was chosen on the test strip. The vendor's clusters stand in for cell types in JSD.
 
 | on the test strip, against the teacher | ARI | NMI | JSD | niches in use | effective niches |
 |---|---|---|---|---|---|

@@ -126,7 +126,8 @@ def molecular_embedding(
 def raw_counts(table: AnnData, layer: str | None) -> sparse.csr_matrix:
     """Counts of the table as a sparse matrix, checked to be raw: whole numbers, none below zero."""
     if layer is not None and layer not in table.layers:
-        msg = f"layer={layer!r} is not among the layers, {sorted(table.layers)}."
+        names = sorted(name for name in table.layers if name is not None)  # anndata 0.13 lists X among them, as None
+        msg = f"layer={layer!r} is not among the layers, {names}."
         raise KeyError(msg)
     where = f"layers[{layer!r}]" if layer else "X"
     values = table.layers[layer] if layer else table.X
