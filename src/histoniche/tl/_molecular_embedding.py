@@ -157,6 +157,10 @@ def refuse_empty_cells(table: AnnData, counts: sparse.csr_matrix) -> None:
         raise ValueError(msg)
 
 
+_SEED_VARIABLES = ("XLA_FLAGS", "PL_GLOBAL_SEED", "PL_SEED_WORKERS")
+"""Variables of the environment that scvi-tools and Lightning set along with a seed."""
+
+
 @contextmanager
 def _scvi_seeded(seed: int) -> Iterator[None]:
     """Seed scvi-tools and let it give warnings alone; its settings and the environment are put back afterwards."""
@@ -165,7 +169,7 @@ def _scvi_seeded(seed: int) -> Iterator[None]:
 
     loggers = [logging.getLogger(name) for name in ("scvi", "lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
-    before, environment = scvi.settings.seed, dict(os.environ)
+    before, environment = scvi.settings.seed, {name: os.environ.get(name) for name in _SEED_VARIABLES}
     cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     for logger in loggers:
         logger.setLevel(logging.WARNING)
@@ -177,8 +181,10 @@ def _scvi_seeded(seed: int) -> Iterator[None]:
             scvi.settings.seed = None
             if before is not None:
                 scvi.settings.seed = before
-            os.environ.clear()
-            os.environ.update(environment)
+            for name, value in environment.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
             torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
