@@ -2,9 +2,10 @@
 
     python benchmarks/xenium_pancreas.py DATA/xenium_pancreas
 
-Each stage runs in a process of its own, so that its peak memory is its own, and is skipped where it is done already:
-delete the folder ``--output`` to begin anew. The last stage writes ``docs/benchmarks/xenium_pancreas.{md,json}`` and
-the pictures beside them.
+For each seed a molecular embedding, and for each seed and number of niches a teacher, a student and the baselines. Each
+stage runs in a process of its own, so that its peak memory is its own, and is skipped where it is done already: delete
+the folder ``--output`` to begin anew. The first seed and number of niches are timed alone on the machine; what follows
+may share it (``--jobs``). At the end ``docs/benchmarks/xenium_pancreas.{md,json}`` and the pictures beside them are written.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,113 +30,144 @@ if TYPE_CHECKING:
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs" / "benchmarks"
 ENCODER = "efficientnet-lite0"
-FEATURES = f"X_{ENCODER}"
+CONTEXT_HOPS = 4
 
 
-def read(output: Path, data: Path) -> None:
+@dataclass(frozen=True)
+class Job:
+    """What a stage is run for; the more is given, the deeper its folder lies."""
+
+    output: Path
+    data: Path
+    docs: Path
+    seed: int | None = None
+    n_niches: int | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where the table of this job lies."""
+        parts = [] if self.seed is None else [f"seed{self.seed}"]
+        parts += [] if self.n_niches is None else [f"k{self.n_niches}"]
+        return self.output.joinpath(*parts)
+
+    @property
+    def name(self) -> str:
+        """The folder relative to the output, for the log."""
+        return "" if self.folder == self.output else f"{self.folder.relative_to(self.output)}/"
+
+    def read(self) -> SpatialData:
+        """The image, and the table of this job or else of the nearest folder above."""
+        import anndata
+        import spatialdata
+
+        sdata = spatialdata.read_zarr(self.output / "tissue.zarr")
+        for folder in (self.folder, self.folder.parent, self.folder.parent.parent):
+            if (folder / "table.h5ad").exists():
+                del sdata.tables["table"]
+                sdata.tables["table"] = anndata.read_h5ad(folder / "table.h5ad")
+                break
+            if folder == self.output:
+                break
+        return sdata
+
+    def write(self, sdata: SpatialData) -> None:
+        """Write the table in one move."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        sdata["table"].write_h5ad(self.folder / "table.new.h5ad")
+        (self.folder / "table.new.h5ad").replace(self.folder / "table.h5ad")
+
+
+def read(job: Job) -> None:
     """Read the vendor's layout, render virtual H&E, write both to zarr."""
     import _readers
 
     import histoniche as hn
 
-    sdata = _readers.read_xenium_pancreas(data)
+    sdata = _readers.read_xenium_pancreas(job.data)
     table = sdata["table"]
     clusters = table.obs["graph_cluster"].cat.add_categories("none")
     table.obs["graph_cluster"] = clusters.fillna("none")
     hn.pp.virtual_he(sdata, image_key="morphology")
     del sdata.images["morphology"]
-    sdata.write(output / "tissue.zarr", overwrite=True)
+    sdata.write(job.output / "tissue.zarr", overwrite=True)
 
 
-def with_table(step: Callable[[SpatialData, argparse.Namespace], None]) -> Callable[[Path, argparse.Namespace], None]:
-    """Read image and table, run a step, and write the table back in one move."""
+def stage(step: Callable[[SpatialData, Job], None]) -> Callable[[Job], None]:
+    """A step between reading and writing of the table."""
 
-    def stage(output: Path, arguments: argparse.Namespace) -> None:
-        import anndata
-        import spatialdata
+    def run(job: Job) -> None:
+        sdata = job.read()
+        step(sdata, job)
+        job.write(sdata)
 
-        sdata = spatialdata.read_zarr(output / "tissue.zarr")
-        state = output / "table.h5ad"
-        if state.exists():
-            del sdata.tables["table"]
-            sdata.tables["table"] = anndata.read_h5ad(state)
-        step(sdata, arguments)
-        sdata["table"].write_h5ad(output / "table.new.h5ad")
-        (output / "table.new.h5ad").replace(state)
-
-    return stage
+    return run
 
 
-@with_table
-def holdout(sdata: SpatialData, _: argparse.Namespace) -> None:
+@stage
+def holdout(sdata: SpatialData, _: Job) -> None:
     """Hold out the second of four strips."""
     import histoniche as hn
 
-    hn.pp.spatial_holdout(sdata)
+    hn.pp.spatial_holdout(sdata, context_hops=CONTEXT_HOPS)
 
 
-@with_table
-def neighbors(sdata: SpatialData, _: argparse.Namespace) -> None:
+@stage
+def neighbors(sdata: SpatialData, _: Job) -> None:
     """Radius for 50 neighbours on the training cells, and the graph."""
     import histoniche as hn
 
     hn.pp.spatial_neighbors(sdata)
 
 
-@with_table
-def histology(sdata: SpatialData, arguments: argparse.Namespace) -> None:
+@stage
+def histology(sdata: SpatialData, job: Job) -> None:
     """Dense features of the virtual H&E."""
     import histoniche as hn
 
-    hn.tl.histology_embedding(sdata, encoder=ENCODER, mode="dense", store=arguments.output / "features.zarr")
+    hn.tl.histology_embedding(sdata, encoder=ENCODER, mode="dense", store=job.output / "features.zarr")
 
 
-@with_table
-def molecular(sdata: SpatialData, arguments: argparse.Namespace) -> None:
+@stage
+def molecular(sdata: SpatialData, job: Job) -> None:
     """scVI on the training cells."""
     import histoniche as hn
 
-    hn.tl.molecular_embedding(sdata, empty_cells="mean", seed=arguments.seed)
+    hn.tl.molecular_embedding(sdata, empty_cells="mean", seed=job.seed)
 
 
-@with_table
-def teacher(sdata: SpatialData, arguments: argparse.Namespace) -> None:
+@stage
+def teacher(sdata: SpatialData, job: Job) -> None:
     """NOLAN on the training cells."""
     import histoniche as hn
 
-    hn.tl.nolan(sdata, n_niches=arguments.n_niches, seed=arguments.seed)
+    hn.tl.nolan(sdata, n_niches=job.n_niches, seed=job.seed)
 
 
-@with_table
-def student(sdata: SpatialData, arguments: argparse.Namespace) -> None:
+@stage
+def student(sdata: SpatialData, job: Job) -> None:
     """Distil, and predict all cells."""
     import histoniche as hn
 
     hn.tl.distill_niches(
-        sdata,
-        n_niches=arguments.n_niches,
-        encoder=ENCODER,
-        mode="dense",
-        model_dir=arguments.output / "model",
-        overwrite=True,
-        seed=arguments.seed,
-    )
+        sdata, n_niches=job.n_niches, encoder=ENCODER, mode="dense", model_dir=job.folder / "model", overwrite=True,
+        seed=job.seed,
+    )  # fmt: skip
 
 
-@with_table
-def evaluate(sdata: SpatialData, arguments: argparse.Namespace) -> None:
+@stage
+def evaluate(sdata: SpatialData, job: Job) -> None:
     """Student and baselines on the test strip."""
     import histoniche as hn
 
-    hn.tl.evaluate_niches(sdata, cell_type_key="graph_cluster", seed=arguments.seed)
+    hn.tl.evaluate_niches(sdata, cell_type_key="graph_cluster", seed=job.seed)
 
 
-@with_table
-def plots(sdata: SpatialData, arguments: argparse.Namespace) -> None:
+def plots(job: Job) -> None:
     """Niche maps, composition, confusion, training, exemplars."""
     import histoniche as hn
 
-    place = arguments.docs / "xenium_pancreas"
+    sdata = job.read()
+    place = job.docs / "xenium_pancreas"
     place.mkdir(parents=True, exist_ok=True)
     hn.pl.niche_map(sdata, image_key="virtual_he", save=place / "niche_map.jpg")
     hn.pl.niche_composition(sdata, cell_type_key="graph_cluster", save=place / "composition.jpg")
@@ -142,129 +176,75 @@ def plots(sdata: SpatialData, arguments: argparse.Namespace) -> None:
     hn.pl.exemplars(sdata, image_key="virtual_he", save=place / "exemplars.jpg")
 
 
-STAGES = {
-    "read": None,
-    "holdout": holdout,
-    "neighbors": neighbors,
-    "histology": histology,
-    "molecular": molecular,
-    "teacher": teacher,
-    "student": student,
-    "evaluate": evaluate,
-    "plots": plots,
-}
+ONCE = {"read": read, "holdout": holdout, "neighbors": neighbors, "histology": histology}
+PER_SEED = {"molecular": molecular}
+PER_RUN = {"teacher": teacher, "student": student, "evaluate": evaluate}
+STAGES = {**ONCE, **PER_SEED, **PER_RUN, "plots": plots}
 
 
-def run_stage(name: str, arguments: argparse.Namespace) -> None:
-    """Run one stage in this process."""
-    if name == "read":
-        read(arguments.output, arguments.data)
-    else:
-        STAGES[name](arguments.output, arguments)
+class Runner:
+    """Runs stages in processes of their own, and logs their seconds and peak memory."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.log = arguments.output / "stages.json"
+        self.lock = threading.Lock()
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        self.done: dict[str, dict[str, float]] = json.loads(self.log.read_text()) if self.log.exists() else {}
+
+    def __call__(self, job: Job, names: list[str], *, alone: bool) -> None:
+        """Run stages one after the other; ``alone`` on the machine, or beside others."""
+        for name in names:
+            key = job.name + name
+            if key in self.done:
+                print(f"{key}: done before", flush=True)
+                continue
+            command = [sys.executable, __file__, str(job.data), "--output", str(job.output), "--docs", str(job.docs)]
+            for option, value in (("--seeds", job.seed), ("--n-niches", job.n_niches)):
+                command += [] if value is None else [option, str(value)]
+            environment = dict(os.environ)
+            if not alone:
+                environment |= {f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "NUMBA")}
+            print(f"== {key}", flush=True)
+            start = time.perf_counter()
+            process = subprocess.Popen([*command, "--stage", name], env=environment)
+            _, status, usage = os.wait4(process.pid, 0)
+            if status:
+                sys.exit(f"stage {key} failed")
+            seconds, gigabytes = time.perf_counter() - start, usage.ru_maxrss / 1024**2
+            with self.lock:
+                self.done[key] = {"seconds": round(seconds, 1), "peak_gb": round(gigabytes, 2), "alone": alone}
+                self.log.with_suffix(".new").write_text(json.dumps(self.done, indent=1))
+                self.log.with_suffix(".new").replace(self.log)
+            print(f"== {key}: {seconds:.0f} s, {gigabytes:.2f} GB", flush=True)
 
 
 def run_all(arguments: argparse.Namespace) -> None:
-    """Run the stages that are not done, each in its own process, and write the report."""
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    log = arguments.output / "stages.json"
-    wanted = {"n_niches": arguments.n_niches, "seed": arguments.seed}
-    done = json.loads(log.read_text()) if log.exists() else {"settings": wanted, "stages": {}}
-    if done["settings"] != wanted:
-        sys.exit(f"{arguments.output} holds a run with {done['settings']}, not {wanted}: name another --output.")
-    for name in STAGES:
-        if name in done["stages"]:
-            print(f"{name}: done before", flush=True)
-            continue
-        print(f"== {name}", flush=True)
-        start = time.perf_counter()
-        process = subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--stage", name])
-        _, status, usage = os.wait4(process.pid, 0)
-        if status:
-            sys.exit(f"stage {name} failed")
-        seconds, gigabytes = time.perf_counter() - start, usage.ru_maxrss / 1024**2
-        done["stages"][name] = {"seconds": round(seconds, 1), "peak_gb": round(gigabytes, 2)}
-        (arguments.output / "stages.new.json").write_text(json.dumps(done, indent=1))
-        (arguments.output / "stages.new.json").replace(log)
-        print(f"== {name}: {seconds:.0f} s, {gigabytes:.2f} GB", flush=True)
-    report(arguments, done["stages"])
+    """Run the stages that are not done, and write the page."""
+    from _pancreas_page import write_page
 
+    runner = Runner(arguments)
+    base = Job(arguments.output, arguments.data, arguments.docs)
 
-def report(arguments: argparse.Namespace, stages: dict[str, dict[str, float]]) -> None:
-    """Write the page and the flat figures."""
-    import anndata
+    def job(seed: int, n_niches: int | None = None) -> Job:
+        return Job(base.output, base.data, base.docs, seed, n_niches)
 
-    table = anndata.read_h5ad(arguments.output / "table.h5ad")
-    figures = table.uns["niche_evaluation"]
-    origin = table.uns["histoniche"]
-    radius = float(table.uns["niche_neighbors"]["params"]["radius"])
-    total = sum(s["seconds"] for s in stages.values())
-    peak = max(s["peak_gb"] for s in stages.values())
-    split = table.obs["split"].value_counts()
-    k = f"k{arguments.n_niches}"
-    flat = {
-        f"{k}.{model}.{name}": round(float(row[name]), 4)
-        for model, row in figures.iterrows()
-        for name in ("ari", "nmi", "jsd")
-    }
-    flat |= {f"seconds.{name}": s["seconds"] for name, s in stages.items()} | {"seconds.total": round(total, 1)}
-    flat |= {f"peak_gb.{name}": s["peak_gb"] for name, s in stages.items()} | {"peak_gb.max": peak}
-    (arguments.docs / "xenium_pancreas.json").write_text(json.dumps(flat, indent=1) + "\n")
-    rows = [
-        f"| {model} | {row['ari']:.3f} | {row['nmi']:.3f} | {row['jsd']:.4f} | {int(row['n_niches'])} | {row['effective_niches']:.2f} |"
-        for model, row in figures.iterrows()
-    ]
-    times = [f"| {name} | {s['seconds']:.0f} | {s['peak_gb']:.2f} |" for name, s in stages.items()]
-    nolan = origin["nolan"]["params"]
-    page = f"""# Xenium pancreas: from files to map
+    first = job(arguments.seeds[0], arguments.n_niches[0])
+    runner(base, list(ONCE), alone=True)
+    runner(job(arguments.seeds[0]), list(PER_SEED), alone=True)
+    runner(first, [*PER_RUN, "plots"], alone=True)
 
-One whole Xenium section of human pancreas ({table.n_obs:,} cells; data CC BY 4.0, 10x Genomics). The H&E is **virtual**:
-rendered from the section's own DAPI, 18S and alphaSMA/vimentin stains (`hn.pp.virtual_he`), not scanned. EfficientNet-Lite0
-(ImageNet weights) dense features at 0.5 um/px; scVI and NOLAN fitted on training cells; K = {arguments.n_niches};
-radius {radius:.1f} um (50 neighbours on average on training cells). One run, seed {arguments.seed}.
+    def others(seed: int, n_niches: int) -> None:
+        runner(job(seed, n_niches), list(PER_RUN), alone=arguments.jobs == 1)
 
-The second of four horizontal strips is held out ({split["test"]:,} test cells, {split["train"]:,} for training,
-{split["buffer"]:,} in the buffer of {float(origin["spatial_holdout"]["params"]["buffer"]):.0f} um on either side). No
-setting was chosen on the test strip. The vendor's clusters stand in for cell types in JSD.
-
-| on the test strip, against the teacher | ARI | NMI | JSD | niches in use | effective niches |
-|---|---|---|---|---|---|
-{chr(10).join(rows)}
-
-Higher is better for ARI and NMI, lower for JSD (composition; definition: `hn.metrics.composition_jsd`). The probes are
-logistic regressions on the features of the cell, and of the cell beside its neighbourhood's mean; they and the student saw
-the teacher's niches of training cells. Histology NOLAN and Histology Leiden saw no niche. The teacher ended with
-{float(nolan["final_effective_niches"]):.2f} effective niches of {arguments.n_niches}.
-
-![Niche maps of teacher and student](xenium_pancreas/niche_map.jpg)
-
-![Composition](xenium_pancreas/composition.jpg)
-
-![Confusion on the test strip](xenium_pancreas/confusion.jpg)
-
-![Crops of virtual H&E of each niche](xenium_pancreas/exemplars.jpg)
-
-![Training](xenium_pancreas/training.jpg)
-
-## Time and memory
-
-Whole processes, imports and reading included, on {os.cpu_count()} cores ({platform.machine()}), no GPU; Python
-{platform.python_version()}. In total {total / 60:.1f} minutes; the largest process peaked at {peak:.2f} GB.
-
-| stage | seconds | peak memory, GB |
-|---|---|---|
-{chr(10).join(times)}
-
-## Command
-
-```bash
-pip install ".[demo]"
-python benchmarks/xenium_pancreas.py PATH/TO/xenium_pancreas
-```
-
-Every stage is resumed where a run was stopped. All figures: `xenium_pancreas.json`.
-"""
-    (arguments.docs / "xenium_pancreas.md").write_text(page)
-    print(figures.to_string(), f"\ntotal {total / 60:.1f} min, peak {peak:.2f} GB")
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for made in [
+            pool.submit(runner, job(seed), list(PER_SEED), alone=arguments.jobs == 1) for seed in arguments.seeds
+        ]:
+            made.result()
+        for made in [pool.submit(others, s, k) for s in arguments.seeds for k in arguments.n_niches]:
+            made.result()
+    write_page(base.output, base.docs, arguments.seeds, arguments.n_niches, runner.done)
 
 
 def main() -> None:
@@ -273,12 +253,22 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder with cells.h5ad and morphology.ome.tif")
     parser.add_argument("--output", type=Path, default=HERE / "output" / "xenium_pancreas")
     parser.add_argument("--docs", type=Path, default=DOCS, help="where page, figures and pictures go")
-    parser.add_argument("--n-niches", type=int, default=10)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--n-niches", type=int, nargs="+", default=[10, 20])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time after the first, with one thread each")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.stage:
-        run_stage(arguments.stage, arguments)
+        per_seed, per_run = arguments.stage in PER_SEED, arguments.stage in PER_RUN or arguments.stage == "plots"
+        STAGES[arguments.stage](
+            Job(
+                arguments.output,
+                arguments.data,
+                arguments.docs,
+                arguments.seeds[0] if per_seed or per_run else None,
+                arguments.n_niches[0] if per_run else None,
+            )
+        )
     else:
         run_all(arguments)
 

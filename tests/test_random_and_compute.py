@@ -55,3 +55,33 @@ def test_errors_of_the_thread_reach_the_caller() -> None:
 
     with pytest.raises(ValueError, match="broken tile"):
         list(ahead(make, 3))
+
+
+@pytest.mark.parametrize("workers", [1, 3, 20])
+def test_order_does_not_depend_on_the_workers(workers: int) -> None:
+    running, most, lock = [0], [0], threading.Lock()
+
+    def make(i: int) -> int:
+        with lock:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+        time.sleep(0.002 * (i % 3))  # later items may be ready first
+        with lock:
+            running[0] -= 1
+        return i
+
+    assert list(ahead(make, 12, workers=workers)) == list(range(12))
+    assert most[0] <= workers
+
+
+def test_what_has_not_begun_is_not_made_after_an_early_end() -> None:
+    made: list[int] = []
+
+    def make(i: int) -> int:
+        made.append(i)
+        return i
+
+    items = ahead(make, 1000, workers=2)
+    assert next(items) == 0
+    items.close()
+    assert len(made) <= 3

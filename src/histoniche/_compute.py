@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
@@ -30,14 +31,29 @@ def make_fabric() -> Fabric:
     return Fabric(accelerator=settings.accelerator, devices=1, precision=precision)  # type: ignore[arg-type]
 
 
-def ahead(make: Callable[[int], B], n: int) -> Iterator[B]:
-    """Yield ``make(0) ... make(n - 1)``, each prepared in a thread while its predecessor is used."""
-    with ThreadPoolExecutor(1) as pool:
-        following = pool.submit(make, 0) if n else None
+def ahead(make: Callable[[int], B], n: int, *, workers: int = 1) -> Iterator[B]:
+    """Yield ``make(0) ... make(n - 1)`` in order, each prepared in a thread while its predecessors are used.
+
+    Parameters
+    ----------
+    make
+        Makes an item; its result must depend on the number alone.
+    n
+        Number of items.
+    workers
+        Threads, and items that are prepared ahead.
+    """
+    pool = ThreadPoolExecutor(workers)
+    try:
+        following = deque(pool.submit(make, step) for step in range(min(workers, n)))
         for step in range(n):
-            current = following.result()  # type: ignore[union-attr]
-            following = pool.submit(make, step + 1) if step + 1 < n else None
+            current = following.popleft().result()
+            if step + workers < n:
+                following.append(pool.submit(make, step + workers))
             yield current
+            del current  # not to hold it while waiting for the next
+    finally:  # also where the caller stops early: what has not begun is not needed
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def isolated_rng(seed: int) -> Iterator[None]:
     """Seed the global generators of Python, NumPy and torch inside the block and restore them after it.
 
-    For libraries that draw from global state (module initialisation, scvi-tools, leidenalg). Own code takes generators.
+    For libraries that draw from global state (module initialisation, scvi-tools). Own code takes generators.
     """
     import random  # noqa: TID251 - only its state is kept safe here
 

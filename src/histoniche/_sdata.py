@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from .models._features import FeatureSource
 
-_RECORDED_VERSIONS = ("histoniche", "anndata", "spatialdata", "numpy", "torch", "timm", "scvi-tools", "leidenalg")
+_RECORDED_VERSIONS = ("histoniche", "anndata", "spatialdata", "numpy", "torch", "timm", "scvi-tools", "igraph")
 
 
 # ---------------------------------------------------------------------------------------------------------- tables
@@ -218,12 +218,12 @@ def coordinates(target: Target, spatial_key: str = "spatial") -> np.ndarray:
         msg = f"{where} has {int(bad.sum())} cells without finite coordinates, the first is {table.obs_names[bad][0]!r}: drop them."
         raise ValueError(msg)
     groups = slide_of_cell(table)
-    _, first, counts = np.unique(np.column_stack([groups, xy]), axis=0, return_index=True, return_counts=True)
-    if (counts > 1).any():
-        n_dup = int((counts - 1).sum())
-        cell = table.obs_names[first[counts > 1][0]]
+    order = np.lexsort((xy[:, 1], xy[:, 0], groups))
+    repeated = (np.diff(groups[order]) == 0) & (np.diff(xy[order], axis=0) == 0).all(axis=1)
+    if repeated.any():
+        cell = table.obs_names[order[:-1][repeated][0]]
         msg = (
-            f"{where} has {n_dup} cells at the coordinates of another cell, the first at those of {cell!r}: "
+            f"{where} has {int(repeated.sum())} cells at the coordinates of another cell, the first at those of {cell!r}: "
             "drop the duplicates (are several slides in one table without a region column?)."
         )
         raise ValueError(msg)

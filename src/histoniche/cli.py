@@ -40,9 +40,12 @@ _DOCTOR_PACKAGES = (
     "dask",
     "pandas",
     "numpy",
-    "leidenalg",
+    "igraph",
     "huggingface-hub",
 )
+
+
+_SHOWN_FIGURES = ("ari", "ari_low", "ari_high", "nmi", "jsd", "ari_gain", "effective_niches", "fit_s")
 
 
 class _Clock:
@@ -205,6 +208,7 @@ def _prepare_demo_folder(folder: Path, *, overwrite: bool) -> dict[str, Path]:
 
 
 def _table_text(frame: pd.DataFrame) -> str:
+    frame = frame[[column for column in _SHOWN_FIGURES if column in frame]]
     return frame.to_string(float_format=lambda value: f"{value:.3f}", na_rep="-")
 
 

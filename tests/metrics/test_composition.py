@@ -102,7 +102,7 @@ def test_jsd_bad_input(cells):
     niche, predicted, types = cells
     with pytest.raises(ValueError, match="'nearest' is unknown"):
         composition_jsd(niche, predicted, types, match="nearest")
-    with pytest.raises(ValueError, match="compares names"):
+    with pytest.raises(ValueError, match="compared by name"):
         composition_jsd(niche.astype(str), predicted, types)
     with pytest.raises(ValueError, match="cell_types has 1"):
         composition_jsd(niche, predicted, types[:1])

@@ -1,23 +1,34 @@
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 import pytest
-from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
 
 from histoniche.metrics import adjusted_rand
 from histoniche.models import _baselines
 from histoniche.models._baselines import (
+    cell_and_mean,
+    coordinates_only,
     histology_leiden,
     histology_nolan,
-    linear_probe,
+    neighborhood_probe_labels,
+    probe_labels,
     reduce_features,
     sample_rows,
 )
+from histoniche.models._linear_probe import LinearProbe
 from histoniche.models._nolan import NolanResult
-from histoniche.neighbors import radius_graph
+from histoniche.neighbors import neighborhood_mean, radius_graph
+
+
+class Source:
+    """Features that are read some cells at a time, as from a store."""
+
+    def __init__(self, features):
+        self.features, self.shape, self.most = features, features.shape, 0
+
+    def take(self, cells):
+        self.most = max(self.most, len(cells))
+        return self.features[cells]
 
 
 @pytest.fixture(scope="module")
@@ -110,45 +121,80 @@ def test_sample_rows():
     assert np.array_equal(drawn, np.sort(drawn))
 
 
-def test_probe_is_logistic_regression_on_standardised_features(blobs):
-    features, labels = blobs
-    x = features.astype(np.float64) * np.geomspace(0.01, 100, 20)
-    result = linear_probe(x[:600], labels[:600], x[600:])
-    scaler = StandardScaler().fit(x[:600])
-    expected = LogisticRegression(max_iter=1000, tol=1e-6).fit(scaler.transform(x[:600]), labels[:600])
-    assert np.allclose(result.probabilities, expected.predict_proba(scaler.transform(x[600:])), atol=0.02)
-    assert (result.labels == labels[600:]).mean() > 0.95
-    assert result.info["converged"]
-    assert result.info["n_train"] == 600
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(_baselines, "_BLOCK", 128)
 
 
-def test_probe_reports_that_it_did_not_converge_without_warning(blobs):
-    features, labels = blobs
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        result = linear_probe(features[:600], labels[:600], features[600:], max_iter=1)
-    assert not result.info["converged"]
-    assert result.info["n_iterations"] == 1
+def test_cell_and_mean_against_the_whole(blobs, small_blocks):
+    xy = np.random.default_rng(1).uniform(0, 500, (900, 2))
+    graph = radius_graph(xy, 30.0)
+    rows = np.random.default_rng(2).choice(900, 300, replace=False)
+    source = Source(blobs[0])
+    found = cell_and_mean(source, graph, rows)
+    assert source.most <= 128
+    assert np.array_equal(found[:, :20], blobs[0][rows].astype(np.float32))
+    assert np.allclose(found[:, 20:], neighborhood_mean(graph, blobs[0])[rows], atol=1e-5)
+    assert np.array_equal(found, cell_and_mean(blobs[0], graph, rows))
 
 
-def test_probe_does_not_change_its_input_and_samples(blobs):
-    features, labels = blobs
-    x = features.astype(np.float32)
-    before = x.copy()
-    result = linear_probe(x[:600], labels[:600], x[600:], max_train=200, seed=4)
-    assert np.array_equal(x, before)
-    assert result.info["n_train"] == 200
-    assert np.allclose(result.probabilities.sum(1), 1, atol=1e-5)
+def test_probes_label_cells_without_holding_their_means(blobs, small_blocks):
+    rng = np.random.default_rng(1)
+    graph = radius_graph(rng.uniform(0, 500, (900, 2)), 30.0)
+    rows = rng.choice(900, 300, replace=False)
+    probe = LinearProbe(
+        rng.normal(size=(40, 3)).astype(np.float32), rng.normal(size=3).astype(np.float32), np.array([2, 5, 7])
+    )
+    x = cell_and_mean(blobs[0], graph, rows)
+    expected = x @ probe.weights + probe.intercept
+    source = Source(blobs[0])
+    found = neighborhood_probe_labels(probe, source, graph, rows)
+    assert source.most <= 128
+    assert (found.labels == probe.classes[expected.argmax(1)]).mean() > 0.99
+    p = np.exp(expected - expected.max(1, keepdims=True))
+    assert np.allclose(found.probabilities, p / p.sum(1, keepdims=True), atol=1e-3)
+    alone = LinearProbe(probe.weights[:20], probe.intercept, probe.classes)
+    expected = probe.classes[(x[:, :20] @ alone.weights + alone.intercept).argmax(1)]
+    assert np.array_equal(probe_labels(alone, Source(blobs[0]), rows).labels, expected)
 
 
-def test_probe_knows_only_niches_that_were_trained_on(blobs):
-    features, labels = blobs
-    train = labels < 3
-    result = linear_probe(features[train], labels[train], features)
-    assert result.info["classes"].tolist() == [0, 1, 2]
-    assert set(result.labels) == {0, 1, 2}
-    with pytest.raises(ValueError, match="at least two"):
-        linear_probe(features[labels == 2], labels[labels == 2], features)
+def test_reduced_features_and_leiden_from_disk(blobs, small_blocks):
+    cells = np.arange(0, 900, 2)
+    assert np.array_equal(
+        reduce_features(Source(blobs[0]), 4, rows=cells), reduce_features(blobs[0][cells], 4)
+    )  # fmt: skip
+    found = histology_leiden(Source(blobs[0]), 5, cells=cells)
+    assert np.array_equal(found.labels, histology_leiden(blobs[0][cells], 5).labels)
+
+
+def test_coordinates_only_is_the_vote_of_the_nearest_training_cells():
+    rng = np.random.default_rng(0)
+    xy = rng.uniform(0, 1, (300, 2)) * [2000, 500]
+    niches = np.where(xy[:, 0] < 1000, 3, 8)
+    train = (xy[:, 1] < 150) | (xy[:, 1] > 350)
+    rows = np.flatnonzero((xy[:, 1] > 200) & (xy[:, 1] < 300))
+    found = coordinates_only(xy, niches, train, rows=rows, n_neighbors=5)
+    z = (xy - xy[train].mean(0)) / xy[train].std(0)
+    for row, label in zip(rows, found.labels, strict=True):
+        nearest = np.argsort(((z[train] - z[row]) ** 2).sum(1))[:5]
+        assert label == np.bincount(niches[train][nearest]).argmax()
+    assert (found.labels == niches[rows]).mean() > 0.9
+    changed = np.where(train, niches, 0)
+    assert np.array_equal(found.labels, coordinates_only(xy, changed, train, rows=rows, n_neighbors=5).labels)
+
+
+def test_coordinates_of_one_slide_do_not_vote_in_another():
+    rng = np.random.default_rng(0)
+    xy = np.tile(rng.uniform(0, 1000, (200, 2)), (2, 1))
+    slide = np.repeat([0, 1], 200)
+    niches = (xy[:, 0] > 500) ^ (slide == 1)
+    train = np.tile(np.arange(200) < 150, 2)
+    found = coordinates_only(xy, niches.astype(int), train, groups=slide, n_neighbors=9)
+    assert (found.labels == niches).mean() > 0.95
+    assert found.info["n_neighbors"] == 9
+    assert coordinates_only(xy, niches.astype(int), train).info["n_neighbors"] == 10
+    with pytest.raises(ValueError, match="train_cells holds no cell"):
+        coordinates_only(xy, niches.astype(int), np.zeros(400, bool))
 
 
 def test_histology_nolan_reduces_features_and_passes_on_the_training_cells(blobs, monkeypatch):

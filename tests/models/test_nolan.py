@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import softmax
+from sklearn.cluster import KMeans
 
 from histoniche.metrics import adjusted_rand, effective_number
 from histoniche.models import fit_nolan
-from histoniche.models._nolan import _Occupancy
-from histoniche.neighbors import NeighborGraph, radius_graph
+from histoniche.models._nolan import _mixture, _Occupancy, _warm_start
+from histoniche.models._predict import predict_neighborhoods
+from histoniche.neighbors import NeighborGraph, neighborhood_mean, radius_graph
 
 RADIUS = 12.0
 QUICK = {"n_steps": 40, "batch_size": 64, "width": 16, "max_tokens": 16}
@@ -60,6 +62,29 @@ def test_consensus_is_the_mean_over_the_discs_around_a_cell(tissue: tuple) -> No
     for cell in (0, 700, 1499):
         rows = np.append(graph.indices[graph.indptr[cell] : graph.indptr[cell + 1]], cell)
         np.testing.assert_allclose(found[cell], alone[rows].mean(0), atol=1e-4)
+
+
+def test_the_start_measures_distance_in_units_of_the_spread_inside_niches() -> None:
+    # Niches of unequal size at the corners of a triangle, all stretched along one direction that tells nothing of them.
+    rng = np.random.default_rng(0)
+    niche = rng.choice(3, 1200, p=[0.5, 0.3, 0.2])
+    corners = np.array([[0, 0], [3, 0], [1.5, 2.6]])
+    x = corners[niche] + rng.normal(size=(1200, 1)) + 0.2 * rng.normal(size=(1200, 2))
+    mixture = _mixture(x, 3, 0)
+    assert adjusted_rand(niche, mixture.predict(x)) > 0.95
+    assert adjusted_rand(niche, KMeans(3, n_init=10, random_state=0).fit_predict(x)) < 0.7
+    np.testing.assert_allclose(np.sort(mixture.weights_), [0.2, 0.3, 0.5], atol=0.04)
+    np.testing.assert_allclose(mixture.covariances_[0, 1], 1, atol=0.15)
+
+
+def test_without_training_the_assignment_is_the_posterior_of_the_mixture(tissue: tuple) -> None:
+    features, graph, xy, _ = tissue
+    module, start = _warm_start(features, graph, np.arange(1500), 3, width=8, depth=1, heads=2, seed=0)
+    logits = predict_neighborhoods(module, features, graph, xy, radius=RADIUS) / 0.05
+    means = neighborhood_mean(graph, features)
+    posterior = _mixture(means.astype(np.float64), 3, 0).predict_proba(means)
+    np.testing.assert_allclose(np.sort(softmax(logits, axis=1), axis=1), np.sort(posterior, axis=1), atol=1e-3)
+    np.testing.assert_array_equal(logits.argmax(1), start)
 
 
 def test_scale_and_shift_of_the_embedding_do_not_matter(tissue: tuple) -> None:

@@ -21,10 +21,20 @@ def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.randn(5, 9, 16, generator=generator), torch.randn(5, 9, 2, generator=generator), mask
 
 
+class StudentOfCells(StudentModule):
+    """A student whose context of a cell is three of its features."""
+
+    def forward(self, features, offsets, mask):
+        return super().forward(features, torch.cat([features[:, 0], features[:, 0, :3]], dim=-1), offsets, mask)
+
+    def project(self, features):
+        return super().project(torch.cat([features, features[..., :3]], dim=-1))
+
+
 def modules() -> list[torch.nn.Module]:
     made = [
         NeighborhoodTransformer(16, 2, 4),
-        StudentModule(16, 3, width=8, depth=2, heads=2, dropout=0.5),
+        StudentOfCells(16, 3, 3, width=8, depth=2, heads=2, dropout=0.5),
         Nolan(torch.randn(3, 16), torch.randn(16), 2.0, 1.5, width=8, depth=1, heads=2),
     ]
     for module in made:
@@ -73,7 +83,7 @@ def test_rotation_keeps_distances_and_angles() -> None:
 
 
 def test_student_starts_as_a_linear_probe(batch: tuple) -> None:
-    module = StudentModule(16, 3, width=8, depth=2, heads=2, dropout=0.0).eval()
+    module = StudentOfCells(16, 3, 3, width=8, depth=2, heads=2, dropout=0.0).eval()
     tokens, offsets, mask = batch
     torch.testing.assert_close(module(tokens, offsets, mask), module.probe_cell.bias.expand(5, 3) + module.out.bias)
 

@@ -83,3 +83,17 @@ def test_neighborhood_mean_against_a_loop(include_self: bool) -> None:
         if include_self or len(rows) == 0:
             rows = np.append(rows, i)
         np.testing.assert_allclose(found[i], features[rows].astype(float).mean(0), atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_neighborhood_mean_of_every_layout(dtype: type) -> None:
+    rng = np.random.default_rng(5)
+    graph = radius_graph(rng.uniform(0, 60, (150, 2)), 7.0)
+    features = rng.normal(size=(150, 200)).astype(dtype)
+    expected = neighborhood_mean(graph, features.astype(np.float32))
+    assert expected.dtype == np.float32
+    for same in (features, np.asfortranarray(features), np.repeat(features, 2, axis=1)[:, ::2]):
+        np.testing.assert_allclose(neighborhood_mean(graph, same), expected, rtol=1e-6)
+    assert neighborhood_mean(graph, features[:, :0]).shape == (150, 0)
+    with pytest.raises(ValueError, match="features have 149 rows for the 150 cells"):
+        neighborhood_mean(graph, features[1:])

@@ -76,6 +76,7 @@ def test_each_slide_is_cut_on_its_own() -> None:
         ({"n_strips": 1, "test_strip": 0}, "at least 2 strips"),
         ({"buffer": 2000.0}, "No cell is left for 'train'"),
         ({"buffer": float("nan")}, "leaks"),
+        ({"context_hops": -1}, "context_hops=-1"),
     ],
 )
 def test_bad_input(arguments: dict, message: str) -> None:
@@ -84,6 +85,21 @@ def test_bad_input(arguments: dict, message: str) -> None:
         hn.pp.spatial_holdout(adata, target_neighbors=15, **arguments)
     assert not len(adata.obs.columns)
     assert not adata.uns
+
+
+def test_wider_context_asks_for_a_wider_buffer() -> None:
+    def buffer(hops: int) -> tuple[float, float]:
+        adata = cells()
+        hn.pp.spatial_holdout(adata, target_neighbors=15, field_of_view=20.0, context_hops=hops)
+        params = adata.uns["histoniche"]["spatial_holdout"]["params"]
+        return params["buffer"], params["radius"]
+
+    for hops in (0, 2):
+        found, radius = buffer(hops)
+        assert found == pytest.approx(2 * radius + 20)
+    for hops in (4, 5):
+        found, radius = buffer(hops)
+        assert found == pytest.approx(hops * radius + 10)
 
 
 def test_empty_test_strip() -> None:

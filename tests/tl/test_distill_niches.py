@@ -221,3 +221,31 @@ def test_features_left_on_disk_teach_the_same_student(embedded: SpatialData, tmp
     np.testing.assert_array_equal(embedded["table"].obsm["niche_logits"], in_memory.obsm["niche_logits"])
     with pytest.raises(ValueError, match="needs a place for it: store="):
         hn.tl.histology_embedding(embedded, encoder="efficientnet-lite0", mode="dense", in_memory=False)
+
+
+def test_context_is_what_the_buffer_allows(embedded: SpatialData, tmp_path: Path) -> None:
+    """The buffer of two radii and a field of view leaves two hops; without a split, nothing forbids four."""
+    hn.tl.distill_niches(embedded, model_dir=tmp_path / "with", **QUICK)
+    del embedded["table"].obs["split"]
+    hn.tl.distill_niches(embedded, model_dir=tmp_path / "without", **QUICK)
+    hn.tl.distill_niches(embedded, model_dir=tmp_path / "none", context=[], **QUICK)
+    assert [NicheStudent.load(tmp_path / name).config.context for name in ("with", "without", "none")] == [
+        [2],
+        [2, 4],
+        [],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("context", "message"),
+    [
+        ([4], "context=\\[4\\] reads across the buffer"),
+        ([0, 1], "whole numbers of hops"),
+        ([1.5], "whole numbers of hops"),
+    ],
+)
+def test_bad_context(embedded: SpatialData, context: list, message: str) -> None:
+    before = snapshot(embedded)
+    with pytest.raises(ValueError, match=message):
+        hn.tl.distill_niches(embedded, context=context, **QUICK)
+    assert snapshot(embedded) == before

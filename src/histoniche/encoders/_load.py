@@ -86,7 +86,9 @@ class Encoder:
             msg = f"encoder {self.spec.name!r} has no feature map of stride {sorted(missing)}; it has {sorted(last)}."
             raise ValueError(msg)
         indices = [last[stride] for stride in self.spec.dense_strides]
-        maps = self.module.forward_intermediates(x, indices=indices, output_fmt="NCHW", intermediates_only=True)
+        maps = self.module.forward_intermediates(
+            x, indices=indices, output_fmt="NCHW", intermediates_only=True, stop_early=True
+        )
         return [(m, float(s)) for m, s in zip(maps, self.spec.dense_strides, strict=True)]
 
 

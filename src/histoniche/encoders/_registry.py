@@ -276,6 +276,7 @@ register(
         mean=(127 / 255,) * 3,
         std=(128 / 255,) * 3,
         licence="Apache-2.0",
-        dense_strides=(8, 16, 32),
+        # On validation strips, students of strides 8 and 16 beat those that were given stride 32 as well.
+        dense_strides=(8, 16),
     )
 )

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from ._agreement import match_labels
-from ._labels import contingency, encode, encode_pair
+from ._labels import contingency, encode, encode_pair, partners
+from ._tables import composition_jsd_of_tables, hungarian_partners
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -94,32 +94,12 @@ def composition_jsd(
     (a, niches), (b, clusters) = encode_pair(reference, labels, ("reference", "labels"))
     _, (types, type_names) = encode_pair(reference, cell_types, ("reference", "cell_types"))
     if match == "identity":
-        if (niches.dtype.kind in "iuf") != (clusters.dtype.kind in "iuf"):
-            msg = "match='identity' compares names, but one of reference and labels has numbers, the other has none."
-            raise ValueError(msg)
-        partner = {name: name for name in clusters.tolist()}
+        partner = partners(niches, clusters)
     elif match == "hungarian":
-        partner = {niche: cluster for cluster, niche in match_labels(reference, labels).items()}
+        partner = hungarian_partners(contingency(a, b, len(niches), len(clusters))[None])[0]
     else:
         msg = f"match={match!r} is unknown: 'identity' or 'hungarian'."
         raise ValueError(msg)
-    row_of = {name: row for row, name in enumerate(clusters.tolist())}
     p = contingency(a, types, len(niches), len(type_names))
-    q = _frequencies(contingency(b, types, len(clusters), len(type_names)))
-    weight = p.sum(axis=1) / len(a)
-    p = _frequencies(p)
-    divergence = np.ones(len(niches))
-    for k, niche in enumerate(niches.tolist()):
-        if niche in partner:
-            divergence[k] = _jensen_shannon(p[k], q[row_of[partner[niche]]])
-    return float(weight @ divergence)
-
-
-def _jensen_shannon(p: np.ndarray, q: np.ndarray) -> float:
-    value = _entropy((p + q) / 2) - (_entropy(p) + _entropy(q)) / 2
-    return min(max(value, 0.0), 1.0)
-
-
-def _entropy(p: np.ndarray) -> float:
-    p = p[p > 0]
-    return float(-(p * np.log2(p)).sum())
+    q = contingency(b, types, len(clusters), len(type_names))
+    return float(composition_jsd_of_tables(p[None], q[None], partner[None])[0])

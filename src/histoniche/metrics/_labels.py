@@ -36,3 +36,12 @@ def encode_pair(a: Any, b: Any, names: tuple[str, str]) -> tuple[tuple[np.ndarra
 def contingency(codes_a: np.ndarray, codes_b: np.ndarray, n_a: int, n_b: int) -> np.ndarray:
     """Number of cells of every pair of labels, (n_a, n_b) int64."""
     return np.bincount(codes_a * n_b + codes_b, minlength=n_a * n_b).reshape(n_a, n_b)
+
+
+def partners(niches: np.ndarray, clusters: np.ndarray) -> np.ndarray:
+    """Place among the clusters of the one that has a niche's name, (n_niches,) int64; -1 where there is none."""
+    if (niches.dtype.kind in "iuf") != (clusters.dtype.kind in "iuf"):
+        msg = "Niches are compared by name, but one of reference and labels has numbers, the other has none."
+        raise ValueError(msg)
+    row_of = {name: row for row, name in enumerate(clusters.tolist())}
+    return np.array([row_of.get(name, -1) for name in niches.tolist()], dtype=np.int64)

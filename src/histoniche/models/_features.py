@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from threading import Lock
 from typing import Protocol
 
 import numpy as np
+
+from ._gather import gather_into
+
+_STORE = Lock()
+"""Stores keep a cache and are read by one thread at a time."""
 
 
 class FeatureSource(Protocol):
@@ -18,12 +24,48 @@ class FeatureSource(Protocol):
         """Features (m, d) of some cells."""
 
 
+class Joined:
+    """Features of the same cells from two sources, side by side.
+
+    Parameters
+    ----------
+    first, second
+        (n, d1) and (n, d2) features.
+    """
+
+    def __init__(self, first: np.ndarray | FeatureSource, second: np.ndarray | FeatureSource) -> None:
+        self.first, self.second = first, second
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n, d1 + d2)."""
+        return self.first.shape[0], self.first.shape[1] + self.second.shape[1]
+
+    def take(self, cells: np.ndarray) -> np.ndarray:
+        """Features of cells as float32, of the shape of ``cells`` and one axis more."""
+        return take(self, cells)
+
+
 def take(features: np.ndarray | FeatureSource, cells: np.ndarray) -> np.ndarray:
     """Features of cells as float32, of the shape of ``cells`` and one axis more."""
+    cells = np.asarray(cells)
+    out = np.empty((cells.size, features.shape[1]), dtype=np.float32)
+    _take_into(features, cells.ravel(), out, 0)
+    return out.reshape(*cells.shape, features.shape[1])
+
+
+def _take_into(features: np.ndarray | FeatureSource, rows: np.ndarray, out: np.ndarray, column: int) -> None:
+    """Write features of rows (m,) to ``out`` (m, ...) from a column on."""
     if isinstance(features, np.ndarray):
-        return features[cells].astype(np.float32, copy=False)
-    unique, inverse = np.unique(cells, return_inverse=True)
-    return np.asarray(features.take(unique), dtype=np.float32)[inverse.reshape(cells.shape)]
+        gather_into(features, rows, out, column)
+    elif isinstance(features, Joined):
+        _take_into(features.first, rows, out, column)
+        _take_into(features.second, rows, out, column + features.first.shape[1])
+    else:
+        unique, inverse = np.unique(rows, return_inverse=True)
+        with _STORE:
+            found = np.asarray(features.take(unique))
+        gather_into(np.ascontiguousarray(found), inverse, out, column)
 
 
 def rotate(offsets: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,8 @@ import numpy as np
 import torch
 from scipy.special import softmax
 from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.mixture import GaussianMixture
 from torch import Tensor, nn
 
 from histoniche._compute import to_device
@@ -26,7 +29,11 @@ from ._transformer import NeighborhoodTransformer, masked_mean
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_KMEANS_CELLS = 200_000
+_START_CELLS = 200_000
+_REGULARIZATION = 0.01
+"""Share of the mean variance of neighbourhood means that is added to the variances inside niches."""
+_START_TEMPERATURE = 0.05
+"""Temperature at which the assignment at the start is the mixture's own posterior."""
 _COLLAPSED = 0.5
 """Training stops where the effective number of niches falls below this share of what it started from."""
 
@@ -37,31 +44,48 @@ _LEAST_PROBABILITY = 1e-6
 class Nolan(nn.Module):
     """Niche logits of a neighbourhood: minus its squared distance to each prototype.
 
-    ``logits_k = -|mean of tokens + f(tokens) - prototype_k|^2 / scale``, where f is a Transformer whose last layer
-    starts at zero and the prototypes are k-means centres of neighbourhood means: training starts at k-means on
-    neighbourhood means and moves on from there. Divided by the teacher's temperature the logits are such that their
-    softmax is the teacher's own assignment.
+    ``logits_k = -|metric (mean of tokens) + f(tokens) - prototype_k|^2 / scale + bias_k``, where f is a Transformer
+    whose last layer starts at zero, and metric, prototypes and bias are those of a Gaussian mixture of neighbourhood
+    means: training starts at that mixture and moves on from there. Divided by the teacher's temperature the logits are
+    such that their softmax is the teacher's own assignment.
 
     Parameters
     ----------
     prototypes
-        (K, d) prototypes in units of the standardised features.
+        (K, d) prototypes in the metric.
     center, spread
         (d,) mean and one number, the root mean square deviation of the features.
     scale
         Scale of the squared distances.
     width, depth, heads
         Size of the Transformer.
+    metric
+        (d, d) linear map of centred features to where niches are round; by default a division by ``spread``.
+    bias
+        (K,) what large niches are given in advance; by default nothing. It is not trained, since it could only run
+        away with the largest niche.
     """
 
     def __init__(
-        self, prototypes: Tensor, center: Tensor, spread: float, scale: float, *, width: int, depth: int, heads: int
+        self,
+        prototypes: Tensor,
+        center: Tensor,
+        spread: float,
+        scale: float,
+        *,
+        width: int,
+        depth: int,
+        heads: int,
+        metric: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.prototypes = nn.Parameter(prototypes.clone())
         self.register_buffer("center", center.clone())
         self.register_buffer("spread", torch.tensor(spread))
         self.register_buffer("scale", torch.tensor(scale))
+        self.register_buffer("metric", torch.eye(len(center)) / spread if metric is None else metric.clone())
+        self.register_buffer("bias", torch.zeros(len(prototypes)) if bias is None else bias.clone())
         self.embed = nn.Linear(prototypes.shape[1], width)
         self.transformer = NeighborhoodTransformer(width, depth, heads)
         self.out = nn.Linear(width, prototypes.shape[1])
@@ -69,15 +93,15 @@ class Nolan(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def project(self, features: Tensor) -> Tensor:
-        """What a neighbourhood needs of each cell, (..., d + width): its standardised and its embedded features."""
-        z = (features - self.center) / self.spread
-        return torch.cat([z, self.embed(z)], dim=-1)
+        """What a neighbourhood needs of each cell, (..., d + width): its features in the metric, and embedded."""
+        z = features - self.center
+        return torch.cat([z @ self.metric, self.embed(z / self.spread)], dim=-1)
 
     def niches(self, projected: Tensor, offsets: Tensor, mask: Tensor) -> Tensor:
         """Logits (B, K) of neighbourhoods of projected cells."""
         z, tokens = projected.split([len(self.center), projected.shape[-1] - len(self.center)], dim=-1)
         x = masked_mean(z, mask) + self.out(self.transformer(tokens, offsets, mask))
-        return -(x.unsqueeze(1) - self.prototypes).square().sum(-1) / self.scale
+        return -(x.unsqueeze(1) - self.prototypes).square().sum(-1) / self.scale + self.bias
 
     def forward(self, features: Tensor, offsets: Tensor, mask: Tensor) -> Tensor:
         """Logits (B, K) of neighbourhoods: features (B, T, d), offsets (B, T, 2) in radii, mask (B, T)."""
@@ -93,7 +117,7 @@ class NolanResult:
     logits
         (n, K) float32 logits of all cells; their softmax is the teacher's assignment.
     start
-        (n,) niches of k-means on neighbourhood means, where training started.
+        (n,) niches of the mixture of neighbourhood means, where training started.
     history
         One list per figure, one value per step: loss and effective number of niches.
     collapsed
@@ -255,32 +279,60 @@ def _warm_start(
     heads: int,
     seed: int,
 ) -> tuple[Nolan, np.ndarray]:
-    """Module that reproduces k-means on neighbourhood means, and its niches (n,)."""
+    """Module that reproduces a mixture of neighbourhood means, and its niches (n,)."""
     means = neighborhood_mean(graph, features)
     rows = train_rows
-    if len(rows) > _KMEANS_CELLS:
-        rows = np.random.default_rng(seed).choice(rows, _KMEANS_CELLS, replace=False)
-    kmeans = KMeans(n_niches, n_init=10, random_state=seed).fit(means[rows])
-    start = kmeans.predict(means)
+    if len(rows) > _START_CELLS:
+        rows = np.random.default_rng(seed).choice(rows, _START_CELLS, replace=False)
+    mixture = _mixture(means[rows].astype(np.float64), n_niches, seed)
+    start = mixture.predict(means)
     order = np.argsort(-np.bincount(start[train_rows], minlength=n_niches), kind="stable")
-    centers = kmeans.cluster_centers_[order]  # niches are numbered by size, largest first
-    start = np.argsort(order)[start]
-    sample = np.asarray(take(features, rows[:_KMEANS_CELLS]), dtype=np.float32)
+    start = np.argsort(order)[start]  # niches are numbered by size, largest first
+    sample = np.asarray(take(features, rows), dtype=np.float32)
     center = sample.mean(0)
     spread = float(np.sqrt(((sample - center) ** 2).mean()))
-    prototypes = (centers - center) / spread
-    inertia = kmeans.inertia_ / len(rows) / spread**2
+    metric = mixture.precisions_cholesky_
+    prototypes = (mixture.means_[order] - center) @ metric
+    bias = _START_TEMPERATURE * np.log(np.maximum(mixture.weights_[order], _LEAST_PROBABILITY))
     with isolated_rng(seed):
         module = Nolan(
             torch.from_numpy(prototypes.astype(np.float32)),
             torch.from_numpy(center),
             spread,
-            float(inertia),
+            2 / _START_TEMPERATURE,  # a Gaussian's log density is minus half the squared distance
             width=width,
             depth=depth,
             heads=heads,
+            metric=torch.from_numpy(metric.astype(np.float32)),
+            bias=torch.from_numpy(bias.astype(np.float32)),
         )
     return module, start
+
+
+def _mixture(x: np.ndarray, n_niches: int, seed: int) -> GaussianMixture:
+    """Gaussian mixture of rows (m, d) with one covariance for all niches, started at k-means.
+
+    k-means holds niches to be round in the space of the embedding. They are not: cell types that come and go inside
+    every niche stretch all of them alike. One common covariance measures distances in units of that. It stays with the
+    partition that k-means found, by the largest differences there are, and draws its borders anew; the likeliest mixture
+    of all may be one that separates slides.
+    """
+    kmeans = KMeans(n_niches, n_init=10, random_state=seed).fit(x)
+    inside = x - kmeans.cluster_centers_[kmeans.labels_]
+    least = _REGULARIZATION * x.var(axis=0).mean() + np.finfo(np.float32).tiny
+    mixture = GaussianMixture(
+        n_niches,
+        covariance_type="tied",
+        reg_covar=least,
+        weights_init=np.bincount(kmeans.labels_, minlength=n_niches) / len(x),
+        means_init=kmeans.cluster_centers_,
+        precisions_init=np.linalg.inv(inside.T @ inside / len(x) + least * np.eye(x.shape[1])),
+        random_state=seed,
+    )
+    with warnings.catch_warnings():
+        # As a start, the mixture need not have converged to the last digit.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return mixture.fit(x)
 
 
 def _views(

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from histoniche.neighbors import Neighborhoods
 
 _PROJECTED_AT_ONCE = 16_384
+_WORKERS_FOR_GPU = 4
 _SEED = 0
 """Seed of the subset that cells with more neighbours than tokens see: a constant, so that labels never change."""
 
@@ -81,25 +82,37 @@ def predict_neighborhoods(
         rows = order[step * batch_size : (step + 1) * batch_size]
         return rows, padded_neighborhoods(graph, xy, rows, radius, max_tokens=max_tokens, seed=_SEED)
 
+    steps = -(-n // batch_size)
+    workers = _WORKERS_FOR_GPU if device.type == "cuda" else 1
+    logits: Tensor | None = None
     with torch.inference_mode():
-        projected = torch.cat(
-            [
-                module.project(to_device(take(features, np.arange(at, min(at + _PROJECTED_AT_ONCE, n))), device))
-                for at in range(0, n, _PROJECTED_AT_ONCE)
-            ]
-        )
-        logits: np.ndarray | None = None
-        steps = -(-n // batch_size)
-        for rows, batch in tqdm(ahead(make, steps), total=steps, desc=description, disable=not settings.progress):
+        projected = _project(module, features, n, device)
+        batches = ahead(make, steps, workers=workers)
+        for rows, batch in tqdm(batches, total=steps, desc=description, disable=not settings.progress):
             found = module.niches(
                 projected[to_device(batch.index, device)],
                 to_device(batch.offsets, device),
                 to_device(batch.mask, device),
             )
             if logits is None:
-                logits = np.empty((n, found.shape[1]), dtype=np.float32)
-            logits[rows] = found.float().cpu().numpy()
-    if logits is None:
+                logits = torch.empty((n, found.shape[1]), device=device)
+            logits[to_device(rows, device)] = found.float()  # stays on the device, which need not wait
+    return logits.cpu().numpy()  # type: ignore[union-attr]  # _project refuses zero cells
+
+
+def _project(module: NicheModule, features: np.ndarray | FeatureSource, n: int, device: torch.device) -> Tensor:
+    """Projections of all cells, (n, p) on the device; the next features are read while these are projected."""
+
+    def make(step: int) -> np.ndarray:
+        return take(features, np.arange(step * _PROJECTED_AT_ONCE, min((step + 1) * _PROJECTED_AT_ONCE, n)))
+
+    projected: Tensor | None = None
+    for step, block in enumerate(ahead(make, -(-n // _PROJECTED_AT_ONCE))):
+        found = module.project(to_device(block, device))
+        if projected is None:
+            projected = found.new_empty((n, found.shape[1]))
+        projected[step * _PROJECTED_AT_ONCE : step * _PROJECTED_AT_ONCE + len(found)] = found
+    if projected is None:
         msg = "There are no cells to predict."
         raise ValueError(msg)
-    return logits
+    return projected

@@ -15,63 +15,96 @@ from histoniche._compute import to_device
 from histoniche._random import isolated_rng
 from histoniche.neighbors import NeighborGraph, Neighborhoods, padded_neighborhoods
 
+from ._context import context_means, principal_axes
 from ._directory import read_directory, write_directory
-from ._features import FeatureSource, rotate, take
+from ._features import FeatureSource, Joined, rotate, take
 from ._losses import distillation_loss
 from ._predict import predict_neighborhoods
 from ._training import default_steps, epoch_batches, train
 from ._transformer import NeighborhoodTransformer, masked_mean
 
 _STATISTICS_CELLS = 50_000
+_HIDDEN = 128
+"""Width of the perceptron on a cell's features and context."""
+
+
+_Batch = tuple[np.ndarray, np.ndarray, Neighborhoods, np.ndarray]
+"""Features of neighbourhoods, features and context of the cells themselves, neighbourhoods, teacher's logits."""
 
 
 class StudentModule(nn.Module):
     """Transformer over the histology of a neighbourhood, beside a linear path.
 
-    ``logits = A x_cell + B mean(x) + C transformer(x)``. The first two terms are the linear probe on cell and
-    neighbourhood mean, the strongest simple baseline; C starts at zero, so the Transformer learns what the probe
-    cannot say.
+    ``logits = A (x, c) + B mean(x) + C mlp(x, c) + D transformer(x)``, with x the features of the cell (or of those of its
+    neighbourhood) and c their means over wider surroundings, the cell's context. Without c, the first two terms are the
+    linear probe on cell and neighbourhood mean, the strongest simple baseline. C and D start at zero, so the rest
+    learns what they cannot say.
 
     Parameters
     ----------
-    n_features, n_niches
-        Length of a cell's features, and K.
+    n_features, n_context, n_niches
+        Length of a cell's features and of its context, and K.
     width, depth, heads
         Size of the Transformer.
     dropout
-        Share of the features of a token that are dropped in training.
+        Share of the features that are dropped in training; half of it inside perceptron and Transformer.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, n_features: int, n_niches: int, *, width: int, depth: int, heads: int, dropout: float) -> None:
+    def __init__(
+        self, n_features: int, n_context: int, n_niches: int, *, width: int, depth: int, heads: int, dropout: float
+    ) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.zeros(n_features))
-        self.register_buffer("std", torch.ones(n_features))
-        self.width, self.n_niches = width, n_niches
+        self.register_buffer("mean", torch.zeros(n_features + n_context))
+        self.register_buffer("std", torch.ones(n_features + n_context))
+        self.n_features, self.width, self.n_niches = n_features, width, n_niches
         self.dropout = nn.Dropout(dropout)
         self.embed = nn.Linear(n_features, width)
-        self.probe_cell = nn.Linear(n_features, n_niches)
+        self.probe_cell = nn.Linear(n_features + n_context, n_niches)
         self.probe_mean = nn.Linear(n_features, n_niches, bias=False)
-        self.transformer = NeighborhoodTransformer(width, depth, heads)
+        self.mlp = nn.Sequential(
+            nn.Linear(n_features + n_context, _HIDDEN), nn.GELU(), nn.Dropout(dropout / 2),
+            nn.Linear(_HIDDEN, _HIDDEN), nn.GELU(),
+        )  # fmt: skip
+        self.mlp_out = nn.Linear(_HIDDEN, n_niches, bias=False)
+        self.transformer = NeighborhoodTransformer(width, depth, heads, dropout=dropout / 2)
         self.out = nn.Linear(width, n_niches)
-        for layer in (self.probe_cell, self.probe_mean, self.out):
+        for layer in (self.probe_cell, self.probe_mean, self.mlp_out, self.out):
             nn.init.zeros_(layer.weight)
 
-    def project(self, features: Tensor) -> Tensor:
-        """What a neighbourhood needs of each cell, (..., width + 2 K)."""
+    def tokens(self, features: Tensor) -> Tensor:
+        """What a neighbourhood needs of each of its cells, (..., width + K), from features (..., d)."""
+        d = self.n_features
+        x = self.dropout((features - self.mean[:d]) / self.std[:d])
+        return torch.cat([self.embed(x), self.probe_mean(x)], dim=-1)
+
+    def cell(self, features: Tensor) -> Tensor:
+        """What a cell itself says, (..., K), from its features and context (..., d + c)."""
         x = self.dropout((features - self.mean) / self.std)
-        return torch.cat([self.embed(x), self.probe_cell(x), self.probe_mean(x)], dim=-1)
+        return self.probe_cell(x) + self.mlp_out(self.mlp(x))
+
+    def read(self, tokens: Tensor, cell: Tensor, offsets: Tensor, mask: Tensor) -> Tensor:
+        """Logits (B, K) of tokens (B, T, width + K) and of what the cells themselves say (B, K)."""
+        embedded, mean = tokens.split([self.width, self.n_niches], dim=-1)
+        return cell + masked_mean(mean, mask) + self.out(self.transformer(embedded, offsets, mask))
+
+    def project(self, features: Tensor) -> Tensor:
+        """What neighbourhoods need of cells with features and context (..., d + c), (..., width + 2 K)."""
+        return torch.cat([self.tokens(features[..., : self.n_features]), self.cell(features)], dim=-1)
 
     def niches(self, projected: Tensor, offsets: Tensor, mask: Tensor) -> Tensor:
         """Logits (B, K) of neighbourhoods of projected cells."""
-        tokens, cell, mean = projected.split([self.width, self.n_niches, self.n_niches], dim=-1)
-        return cell[:, 0] + masked_mean(mean, mask) + self.out(self.transformer(tokens, offsets, mask))
+        tokens, cell = projected.split([self.width + self.n_niches, self.n_niches], dim=-1)
+        return self.read(tokens, cell[:, 0], offsets, mask)
 
-    def forward(self, features: Tensor, offsets: Tensor, mask: Tensor) -> Tensor:
-        """Logits (B, K) of neighbourhoods: features (B, T, d), offsets (B, T, 2) in radii, mask (B, T)."""
-        return self.niches(self.project(features), offsets, mask)
+    def forward(self, features: Tensor, cell: Tensor, offsets: Tensor, mask: Tensor) -> Tensor:
+        """Logits (B, K) of neighbourhoods.
+
+        Features (B, T, d), features and context of the cells themselves (B, d + c), offsets (B, T, 2) in radii, mask (B, T).
+        """
+        return self.read(self.tokens(features), self.cell(cell), offsets, mask)
 
 
 @dataclass
@@ -90,6 +123,11 @@ class StudentConfig:
         Names of the niches.
     temperature
         tau of the loss.
+    context
+        Numbers of hops over which features are averaged as context; a cell reads as far as the largest of them times
+        the radius. None if empty.
+    context_components
+        Principal components that context is made of, where there are more features.
     width, depth, heads, dropout
         Size of the Transformer.
     training
@@ -102,11 +140,18 @@ class StudentConfig:
     contract: dict[str, Any] = field(default_factory=dict)
     niches: list[str] = field(default_factory=list)
     temperature: float = 2.0
+    context: list[int] = field(default_factory=lambda: [2, 4])
+    context_components: int = 256
     width: int = 96
     depth: int = 2
     heads: int = 4
-    dropout: float = 0.1
+    dropout: float = 0.5
     training: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def context_width(self) -> int:
+        """Features that are averaged for each number of hops."""
+        return min(self.n_features, self.context_components)
 
 
 class NicheStudent:
@@ -135,12 +180,20 @@ class NicheStudent:
         with isolated_rng(int(config.training.get("seed", 0))):
             self.module = StudentModule(
                 config.n_features,
+                len(config.context) * config.context_width,
                 config.n_niches,
                 width=config.width,
                 depth=config.depth,
                 heads=config.heads,
                 dropout=config.dropout,
             ).eval()
+        if self._reduces:
+            self.module.register_buffer("context_center", torch.zeros(config.n_features))
+            self.module.register_buffer("context_basis", torch.zeros(config.n_features, config.context_width))
+
+    @property
+    def _reduces(self) -> bool:
+        return bool(self.config.context) and self.config.context_width < self.config.n_features
 
     def __repr__(self) -> str:
         """One line: niches, features and radius."""
@@ -180,7 +233,7 @@ class NicheStudent:
         train_cells
             (n,) bool; all by default.
         n_steps
-            Training steps; by default as many as show each training cell 20 times, between 300 and 1,500.
+            Training steps; by default as many as show each training cell twice, between 300 and 1,500.
         batch_size, lr, weight_decay
             Schedule of the optimiser.
         max_tokens, keep
@@ -196,24 +249,31 @@ class NicheStudent:
         """
         rows = np.arange(graph.n_cells) if train_cells is None else np.flatnonzero(train_cells)
         config = self.config
-        n_steps = n_steps or default_steps(len(rows), batch_size, epochs=20, least=300, most=1500)
-        self._standardise(features, rows, seed)
+        n_steps = n_steps or default_steps(len(rows), batch_size, epochs=2, least=300, most=1500)
+        sample = rows
+        if len(rows) > _STATISTICS_CELLS:
+            sample = np.sort(np.random.default_rng(seed).choice(rows, _STATISTICS_CELLS, replace=False))
+        if self._reduces:
+            center, basis = principal_axes(take(features, sample), config.context_width)
+            self.module.context_center.copy_(torch.from_numpy(center))
+            self.module.context_basis.copy_(torch.from_numpy(basis))
+        source = self._with_context(features, graph)
+        self._standardise(take(source, sample))
         batches = epoch_batches(rows, batch_size, seed)
 
-        def make(step: int) -> tuple[np.ndarray, Neighborhoods, np.ndarray]:
+        def make(step: int) -> _Batch:
             centers = batches(step)
             n = padded_neighborhoods(
                 graph, xy, centers, config.radius, max_tokens=max_tokens, keep=keep, seed=seed * 1_000_003 + step
             )
             n = replace(n, offsets=rotate(n.offsets, np.random.default_rng([seed, 2, step])))
-            return take(features, n.index), n, teacher_logits[centers].astype(np.float32)
+            return take(features, n.index), take(source, centers), n, teacher_logits[centers].astype(np.float32)
 
-        def loss(
-            module: nn.Module, batch: tuple[np.ndarray, Neighborhoods, np.ndarray], device: torch.device
-        ) -> tuple[Tensor, dict[str, float]]:
-            tokens, n, wanted = (batch[0], batch[1], to_device(batch[2], device))
-            logits = module(to_device(tokens, device), to_device(n.offsets, device), to_device(n.mask, device))
-            agreement = (logits.detach().argmax(1) == wanted.argmax(1)).float().mean().item()
+        def loss(module: nn.Module, batch: _Batch, device: torch.device) -> tuple[Tensor, dict[str, float | Tensor]]:
+            tokens, cell, n, teacher = batch
+            wanted = to_device(teacher, device)
+            logits = module(*(to_device(array, device) for array in (tokens, cell, n.offsets, n.mask)))
+            agreement = (logits.detach().argmax(1) == wanted.argmax(1)).float().mean()
             return distillation_loss(logits.float(), wanted, config.temperature), {"agreement": agreement}
 
         with isolated_rng(seed):
@@ -223,10 +283,17 @@ class NicheStudent:
         self.module.eval().cpu()
         return self
 
-    def _standardise(self, features: np.ndarray | FeatureSource, rows: np.ndarray, seed: int) -> None:
-        if len(rows) > _STATISTICS_CELLS:
-            rows = np.sort(np.random.default_rng(seed).choice(rows, _STATISTICS_CELLS, replace=False))
-        sample = take(features, rows)
+    def _with_context(self, features: np.ndarray | FeatureSource, graph: NeighborGraph) -> np.ndarray | FeatureSource:
+        if not self.config.context:
+            return features
+        reduction = {}
+        if self._reduces:
+            reduction = {
+                "center": self.module.context_center.cpu().numpy(), "basis": self.module.context_basis.cpu().numpy(),
+            }  # fmt: skip
+        return Joined(features, context_means(features, graph, self.config.context, **reduction))
+
+    def _standardise(self, sample: np.ndarray) -> None:
         self.module.mean.copy_(torch.from_numpy(sample.mean(axis=0)))
         # A feature that never changes says nothing: it is centred to zero and not blown up.
         std = sample.std(axis=0)
@@ -255,8 +322,9 @@ class NicheStudent:
         if features.shape[1] != self.config.n_features:
             msg = f"The features have {features.shape[1]} columns; the student was trained on {self.config.n_features}."
             raise ValueError(msg)
+        source = self._with_context(features, graph)
         return predict_neighborhoods(
-            self.module, features, graph, xy, radius=self.config.radius, batch_size=batch_size, description="predict"
+            self.module, source, graph, xy, radius=self.config.radius, batch_size=batch_size, description="predict"
         )
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from threading import Lock
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 
 B = TypeVar("B")
 
+_FETCH_EVERY = 20
+_WORKERS_FOR_GPU = 4
+_GRADIENT = "gradient norm"
+
 
 def warmup_cosine(step: int, n_steps: int, warmup: int) -> float:
     """Factor of the learning rate: linear warm-up, then half a cosine to 1 %."""
@@ -29,7 +34,7 @@ def warmup_cosine(step: int, n_steps: int, warmup: int) -> float:
 def train(
     module: nn.Module,
     make_batch: Callable[[int], B],
-    loss: Callable[[nn.Module, B, torch.device], tuple[Tensor, dict[str, float]]],
+    loss: Callable[[nn.Module, B, torch.device], tuple[Tensor, dict[str, float | Tensor]]],
     *,
     n_steps: int,
     lr: float,
@@ -46,9 +51,9 @@ def train(
     module
         Module, trained in place; only parameters that ask for a gradient.
     make_batch
-        Batch of a step, made of arrays in a background thread.
+        Batch of a step, made of arrays in background threads; must depend on the step alone.
     loss
-        Loss of a batch and figures to record; it moves the batch to the device.
+        Loss of a batch and figures to record, numbers or scalars on the device; it moves the batch to the device.
     n_steps, lr, weight_decay, clip, warmup
         Schedule of the optimiser. Biases, norms and other vectors get no weight decay.
     after_step
@@ -59,6 +64,12 @@ def train(
     Returns
     -------
     History: one list per figure, one value per step.
+
+    Raises
+    ------
+    FloatingPointError
+        The loss or its gradient is not finite. Figures stay on the device for up to 20 steps, so that it never waits
+        for them; so the error comes up to 20 steps late, and names the step.
     """
     fabric = make_fabric()
     trained = [p for p in module.parameters() if p.requires_grad]
@@ -74,26 +85,49 @@ def train(
     wrapped, optimizer = fabric.setup(module, optimizer)
     module.train()
     history: dict[str, list[float]] = {}
-    bar = tqdm(ahead(make_batch, n_steps), total=n_steps, desc=description, disable=not settings.progress, leave=True)
+    waiting: list[dict[str, float | Tensor]] = []
+    workers = _WORKERS_FOR_GPU if fabric.device.type == "cuda" else 1
+    batches = ahead(make_batch, n_steps, workers=workers)
+    bar = tqdm(batches, total=n_steps, desc=description, disable=not settings.progress, leave=True)
     for step, batch in enumerate(bar):
         value, figures = loss(wrapped, batch, fabric.device)
-        if not torch.isfinite(value):
-            msg = f"{description}: the loss is {value.item()} at step {step}. Check the features for extreme values, or lower lr ({lr})."
-            raise FloatingPointError(msg)
         optimizer.zero_grad(set_to_none=True)
         fabric.backward(value)
-        fabric.clip_gradients(wrapped, optimizer, max_norm=clip)
+        norm = fabric.clip_gradients(wrapped, optimizer, max_norm=clip, error_if_nonfinite=False)
         optimizer.step()
         schedule.step()
-        for name, figure in {"loss": value.item(), **figures}.items():
-            history.setdefault(name, []).append(figure)
-        if step % 20 == 0:
+        waiting.append({"loss": value.detach(), **figures, _GRADIENT: norm})
+        done = after_step is not None and after_step(module, step)
+        if done or step % _FETCH_EVERY == 0 or step + 1 == n_steps:
+            _fetch(waiting, history, description, lr)
             bar.set_postfix({name: f"{values[-1]:.3f}" for name, values in history.items()})
-        if after_step is not None and after_step(module, step):
+        if done:
             break
     bar.close()
     module.eval()
     return history
+
+
+def _fetch(
+    waiting: list[dict[str, float | Tensor]], history: dict[str, list[float]], description: str, lr: float
+) -> None:
+    """Move figures of the last steps from the device to the history, all in one go."""
+    on_device = [figure for figures in waiting for figure in figures.values() if isinstance(figure, Tensor)]
+    fetched = iter(torch.stack([figure.detach().float().reshape(()) for figure in on_device]).tolist())
+    for figures in waiting:
+        numbers = {name: next(fetched) if isinstance(f, Tensor) else f for name, f in figures.items()}
+        norm = numbers.pop(_GRADIENT)
+        if not (math.isfinite(numbers["loss"]) and math.isfinite(norm)):
+            what = "the loss" if not math.isfinite(numbers["loss"]) else "the norm of the gradient"
+            value = norm if math.isfinite(numbers["loss"]) else numbers["loss"]
+            msg = (
+                f"{description}: {what} is {value} at step {len(history.get('loss', []))}. "
+                f"Check the features for extreme values, or lower lr ({lr})."
+            )
+            raise FloatingPointError(msg)
+        for name, number in numbers.items():
+            history.setdefault(name, []).append(number)
+    waiting.clear()
 
 
 def default_steps(n_cells: int, batch_size: int, *, epochs: float, least: int, most: int) -> int:
@@ -115,17 +149,21 @@ def epoch_batches(rows: np.ndarray, batch_size: int, seed: int) -> Callable[[int
 
     Returns
     -------
-    Function from the step to its rows, callable in any order.
+    Function from the step to its rows, callable in any order and from several threads.
     """
     batch_size = min(batch_size, len(rows))
     per_epoch = len(rows) // batch_size
     cached: dict[int, np.ndarray] = {}
+    lock = Lock()
 
     def batch(step: int) -> np.ndarray:
         epoch, at = divmod(step, per_epoch)
-        if epoch not in cached:
-            cached.clear()
-            cached[epoch] = np.random.default_rng([seed, epoch]).permutation(rows)
-        return cached[epoch][at * batch_size : (at + 1) * batch_size]
+        with lock:
+            if epoch not in cached:
+                for old in [e for e in cached if abs(e - epoch) > 1]:  # another thread may be an epoch behind
+                    del cached[old]
+                cached[epoch] = np.random.default_rng([seed, epoch]).permutation(rows)
+            order = cached[epoch]
+        return order[at * batch_size : (at + 1) * batch_size]
 
     return batch

@@ -29,8 +29,9 @@ class _Attention(nn.Module):
 class _Block(nn.Module):
     """Pre-norm Transformer block; ``only_center`` updates and returns the first token alone."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, *, only_center: bool) -> None:
+    def __init__(self, width: int, heads: int, mlp_ratio: float, dropout: float, *, only_center: bool) -> None:
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
         self.only_center = only_center
         self.norm_1 = nn.LayerNorm(width)
         self.attention = _Attention(width, heads)
@@ -42,8 +43,8 @@ class _Block(nn.Module):
         normed = self.norm_1(tokens)
         if self.only_center:
             tokens = tokens[:, :1]
-        x = tokens + self.attention(normed[:, : tokens.shape[1]], normed, mask)
-        return x + self.mlp(self.norm_2(x))
+        x = tokens + self.dropout(self.attention(normed[:, : tokens.shape[1]], normed, mask))
+        return x + self.dropout(self.mlp(self.norm_2(x)))
 
 
 class RelativePosition(nn.Module):
@@ -79,9 +80,11 @@ class NeighborhoodTransformer(nn.Module):
         Attention heads; must divide the width.
     mlp_ratio
         Hidden width of the feed-forward layers as a multiple of the width.
+    dropout
+        Share of what a block adds that is dropped in training.
     """
 
-    def __init__(self, width: int, depth: int, heads: int, mlp_ratio: float = 2.0) -> None:
+    def __init__(self, width: int, depth: int, heads: int, mlp_ratio: float = 2.0, dropout: float = 0.0) -> None:
         super().__init__()
         if depth < 1 or width % heads:
             msg = f"depth must be at least 1 and heads must divide width, got depth={depth}, width={width}, heads={heads}."
@@ -89,7 +92,7 @@ class NeighborhoodTransformer(nn.Module):
         self.position = RelativePosition(width)
         self.is_cell = nn.Parameter(torch.zeros(width))
         self.blocks = nn.ModuleList(
-            _Block(width, heads, mlp_ratio, only_center=layer == depth - 1) for layer in range(depth)
+            _Block(width, heads, mlp_ratio, dropout, only_center=layer == depth - 1) for layer in range(depth)
         )
         self.norm = nn.LayerNorm(width)
 

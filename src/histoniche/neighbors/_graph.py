@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 from scipy import sparse
 
+from ._grid import count_neighbors, fill_neighbors, make_grid, mean_rows, over_ranges
+
 _COLUMNS = 64
-"""Columns of the features that are averaged at a time, which bounds the memory of the float32 working copy."""
+_CONVERTED_AT_ONCE = 1 << 24
+"""Features that are converted to float32 at a time, unless this were fewer than 64 columns."""
 
 
 @dataclass(frozen=True)
@@ -93,66 +95,10 @@ def radius_graph(xy: np.ndarray, radius: float, *, groups: np.ndarray | None = N
     if not radius > 0 or not np.isfinite(radius):
         msg = f"radius must be positive and finite, got {radius} um."
         raise ValueError(msg)
-    xy = separate_groups(xy, groups, radius)
-    n = len(xy)
-    low = xy.min(axis=0)
-    extent = xy.max(axis=0) - low
-    # A cell of the grid is never smaller than the radius, and there are never many more of them than points.
-    side = max(
-        radius * (1 + 1e-9), float(np.sqrt(max(extent[0] * extent[1], 1e-12) / (4 * n + 1024))), extent.max() / 2**20
-    )
-    n_x, n_y = (np.floor(extent / side).astype(np.int64) + 1).tolist()
-    column, row = np.floor((xy - low) / side).astype(np.int64).T
-    box = row * n_x + column
-    order = np.argsort(box, kind="stable").astype(np.int32)
-    start = np.zeros(n_x * n_y + 1, dtype=np.int64)
-    np.cumsum(np.bincount(box, minlength=n_x * n_y), out=start[1:])
-    sorted_xy, sorted_box = xy[order], box[order]
-    del column, row, box
-
-    counts = np.zeros(n, dtype=np.int64)
-    _count(sorted_xy, sorted_box, order, start, n_x, n_y, radius * radius, counts)
-    indptr = np.zeros(n + 1, dtype=np.int64)
-    np.cumsum(counts, out=indptr[1:])
-    indices = np.empty(indptr[-1], dtype=np.int32)
-    distances = np.empty(indptr[-1], dtype=np.float32)
-    _fill(xy, sorted_xy, sorted_box, order, start, n_x, n_y, radius * radius, indptr, indices, distances)
-    return NeighborGraph(indptr, indices, distances)
-
-
-@numba.njit(parallel=True, cache=True)
-def _count(xy, box, order, start, n_x, n_y, squared, counts):  # type: ignore[no-untyped-def]  # noqa: PLR0917
-    for i in numba.prange(len(xy)):
-        x, y = xy[i, 0], xy[i, 1]
-        row, column = box[i] // n_x, box[i] % n_x
-        first, last = max(column - 1, 0), min(column + 1, n_x - 1)
-        found = 0
-        for other in range(max(row - 1, 0), min(row + 1, n_y - 1) + 1):
-            for j in range(start[other * n_x + first], start[other * n_x + last + 1]):
-                dx, dy = xy[j, 0] - x, xy[j, 1] - y
-                if dx * dx + dy * dy <= squared:
-                    found += 1
-        counts[order[i]] = found - 1
-
-
-@numba.njit(parallel=True, cache=True)
-def _fill(raw, xy, box, order, start, n_x, n_y, squared, indptr, indices, distances):  # type: ignore[no-untyped-def]  # noqa: PLR0917
-    for i in numba.prange(len(xy)):
-        x, y = xy[i, 0], xy[i, 1]
-        row, column = box[i] // n_x, box[i] % n_x
-        first, last = max(column - 1, 0), min(column + 1, n_x - 1)
-        at = indptr[order[i]]
-        for other in range(max(row - 1, 0), min(row + 1, n_y - 1) + 1):
-            for j in range(start[other * n_x + first], start[other * n_x + last + 1]):
-                dx, dy = xy[j, 0] - x, xy[j, 1] - y
-                if j != i and dx * dx + dy * dy <= squared:
-                    indices[at] = order[j]
-                    at += 1
-        found = indices[indptr[order[i]] : at]
-        found.sort()
-        for e in range(indptr[order[i]], at):
-            dx, dy = raw[indices[e], 0] - x, raw[indices[e], 1] - y
-            distances[e] = np.sqrt(dx * dx + dy * dy)
+    grid = make_grid(separate_groups(xy, groups, radius), radius)
+    indptr = np.zeros(len(xy) + 1, dtype=np.int64)
+    np.cumsum(count_neighbors(grid, radius), out=indptr[1:])
+    return NeighborGraph(indptr, *fill_neighbors(grid, radius, indptr))
 
 
 def neighborhood_mean(graph: NeighborGraph, features: np.ndarray, *, include_self: bool = True) -> np.ndarray:
@@ -171,14 +117,19 @@ def neighborhood_mean(graph: NeighborGraph, features: np.ndarray, *, include_sel
     -------
     (n, d) float32.
     """
-    n = graph.n_cells
-    weights = sparse.csr_matrix(
-        (np.ones(len(graph.indices), dtype=np.float32), graph.indices, graph.indptr), shape=(n, n)
-    )
-    alone = np.ones(n, dtype=np.float32) if include_self else (graph.counts == 0).astype(np.float32)
-    total = (graph.counts + alone).astype(np.float32)[:, None]
-    out = np.empty(features.shape, dtype=np.float32)
-    for column in range(0, features.shape[1], _COLUMNS):
-        block = np.asarray(features[:, column : column + _COLUMNS], dtype=np.float32)
-        out[:, column : column + _COLUMNS] = (weights @ block + alone[:, None] * block) / total
+    n, d = features.shape
+    if n != graph.n_cells:
+        msg = f"features have {n} rows for the {graph.n_cells} cells of the graph."
+        raise ValueError(msg)
+    out = np.empty((n, d), dtype=np.float32)
+    # Features of another type are converted a few columns at a time, which bounds the memory of the copy.
+    plain = features.dtype == np.float32 and features.flags.c_contiguous
+    width = d if plain else max(_COLUMNS, _CONVERTED_AT_ONCE // max(n, 1))
+    for column in range(0, d, max(width, 1)):
+        block = features if plain else np.ascontiguousarray(features[:, column : column + width], dtype=np.float32)
+
+        def kernel(first: int, last: int, block: np.ndarray = block, column: int = column) -> None:
+            mean_rows(graph.indptr, graph.indices, block, include_self, first, last, out, column)
+
+        over_ranges(graph.indptr, kernel)
     return out

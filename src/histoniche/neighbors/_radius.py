@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.spatial import KDTree
 
 from ._graph import separate_groups
+from ._grid import count_around, make_grid, nearest_distance
 
 _SAMPLE = 20_000
 _TOLERANCE = 0.002
@@ -41,18 +41,19 @@ def radius_for_density(
         raise ValueError(msg)
     extent = float(np.ptp(xy, axis=0).max())
     xy = separate_groups(xy, groups, 2 * extent + 1)
-    tree = KDTree(xy)
+    # Boxes of about eight cells, were they spread evenly.
+    grid = make_grid(xy, float(np.sqrt(8 / n) * max(np.sqrt(np.prod(np.ptp(xy, axis=0))), extent / np.sqrt(n))))
     sample = xy
     if n > _SAMPLE:
         sample = xy[np.random.default_rng(seed).choice(n, _SAMPLE, replace=False)]
 
     k = min(int(np.ceil(target_neighbors)) + 1, n)
-    guess = float(np.median(tree.query(sample[:2000], k=[k])[0]))
+    guess = float(np.median(nearest_distance(grid, sample[:2000], k)))
     if not np.isfinite(guess) or guess <= 0:
         guess = extent / 10
 
     def mean_count(radius: float) -> float:
-        return float(tree.query_ball_point(sample, radius, return_length=True, workers=-1).mean()) - 1
+        return float(count_around(grid, sample, radius).mean()) - 1
 
     low, high = 0.8 * guess, 1.25 * guess
     while mean_count(low) > target_neighbors:

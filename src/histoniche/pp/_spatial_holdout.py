@@ -41,6 +41,7 @@ def spatial_holdout(
     test_strip: int = 1,
     buffer: float | None = None,
     field_of_view: float = 112.0,
+    context_hops: int = 2,
     target_neighbors: float = 50,
     radius: float | None = None,
     key_added: str = "split",
@@ -53,9 +54,9 @@ def spatial_holdout(
 
     The slide (each slide, where the table has several) is cut into horizontal strips of equal height, counted from
     the smallest y, which is the top of the image. The second is the test strip by default: it touches no edge of the
-    tissue. Cells within the buffer on either side of it belong to neither part. The buffer is the sum of two reaches:
-    what a training cell may have seen (the radius of its neighbourhood and half a field of view around the cells in
-    it) is kept apart from the test cells, and from their own neighbourhoods and crops.
+    tissue. Cells within the buffer on either side of it belong to neither part. It keeps what a training cell may have
+    seen (the cells of its neighbourhood and of its context, and half a field of view around them) away from the test
+    cells, and the other way round; and neighbourhoods of training and test cells, with their crops, apart.
 
     Parameters
     ----------
@@ -66,11 +67,15 @@ def spatial_holdout(
     test_strip
         The strip to hold out, 0 is the topmost.
     buffer
-        Width of the buffer in um. By default ``2 * radius + field_of_view``, with which no pixel and no cell that
-        a training neighbourhood can hold lies in a test cell's neighbourhood or crops. A smaller one is refused
-        below ``max(field_of_view / 2, radius)``, the least with which no test cell is seen in training.
+        Width of the buffer in um. By default the larger of ``2 * radius + field_of_view``, with which no pixel and no
+        cell that a training neighbourhood can hold lies in a test cell's neighbourhood or crops, and of
+        ``context_hops * radius + field_of_view / 2``, with which no test cell lies in a training cell's context. A
+        smaller one is refused below ``max(field_of_view / 2, radius)``.
     field_of_view
         Width of a crop in um.
+    context_hops
+        Hops of the widest context that a student is to read. Wider context sees more, and costs training cells:
+        4 suits whole slides; the buffer of 2 leaves :func:`histoniche.tl.distill_niches` two hops.
     target_neighbors
         Mean number of neighbours, from which the radius is estimated where it is not given.
     radius
@@ -100,7 +105,7 @@ def spatial_holdout(
     KeyError
         No table or coordinates.
     ValueError
-        A strip that does not exist, a buffer that leaks, a test strip or training part without cells.
+        A strip that does not exist, less than no hop, a buffer that leaks, a test strip or training part without cells.
 
     References
     ----------
@@ -112,11 +117,14 @@ def spatial_holdout(
     if n_strips < 2 or not 0 <= test_strip < n_strips:
         msg = f"test_strip={test_strip} of n_strips={n_strips}: at least 2 strips are needed, and 0 <= test_strip < n_strips."
         raise ValueError(msg)
+    if context_hops < 0:
+        msg = f"context_hops={context_hops} must not be negative: 0 for a student without context."
+        raise ValueError(msg)
     if radius is None:
         radius = radius_for_density(xy, target_neighbors, groups=groups, seed=seed)
     least = max(field_of_view / 2, radius)
     if buffer is None:
-        buffer = 2 * radius + field_of_view
+        buffer = max(2 * radius + field_of_view, context_hops * radius + field_of_view / 2)
     if not buffer >= least:
         msg = (
             f"buffer={buffer} um leaks: at least {least:.1f} um are needed, the larger of half a field of view "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy import sparse
 
 from histoniche import _keys
 from histoniche._sdata import coordinates, open_target, slide_of_cell, train_mask
@@ -87,8 +88,8 @@ def spatial_neighbors(
         radius = radius_for_density(xy[train], target_neighbors, groups=groups[train], seed=seed)
     graph = radius_graph(xy, radius, groups=groups)
     distances = graph.to_csr()
-    connectivities = distances.copy()
-    connectivities.data = np.ones_like(distances.data)
+    ones = np.ones_like(distances.data)
+    connectivities = sparse.csr_matrix((ones, distances.indices.copy(), distances.indptr.copy()), shape=distances.shape)
     params = {"target_neighbors": target_neighbors if given is None else None, "radius": float(radius), "seed": seed}
     description = {
         "connectivities_key": str(_keys.CONNECTIVITIES),

@@ -33,8 +33,13 @@ from ._niches import check_n_niches, confidence, niche_columns
 from ._nolan import nolan
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from anndata import AnnData
     from spatialdata import SpatialData
+
+_CONTEXT = (2, 4)
+"""Hops of the context, where nothing forbids them."""
 
 
 def distill_niches(
@@ -47,6 +52,7 @@ def distill_niches(
     features_key: str | None = None,
     use_rep: str = "X_scVI",
     target_neighbors: float = 50,
+    context: Sequence[int] | None = None,
     temperature: float = 2.0,
     width: int = 96,
     depth: int = 2,
@@ -85,12 +91,16 @@ def distill_niches(
         Entry of ``obsm`` with the molecular embedding. ``"X_scVI"`` and ``"X_niche_pca"`` are made where missing.
     target_neighbors
         Given to :func:`~histoniche.pp.spatial_neighbors` where the graph is missing.
+    context
+        Numbers of hops over which histology features are averaged as the context of a cell, which reads as far as the
+        largest of them times the radius. By default those of 2 and 4 that keep training and test cells apart: both
+        without a test strip or with :func:`~histoniche.pp.spatial_holdout`'s ``context_hops=4``. No context if empty.
     temperature
         tau of the loss.
     width, depth
         Size of the student's Transformer.
     n_steps
-        Training steps of the student; by default as many as show each training cell 20 times, between 300 and 1,500.
+        Training steps of the student; by default as many as show each training cell twice, between 300 and 1,500.
     batch_size, lr
         Training of the student.
     model_dir
@@ -143,6 +153,7 @@ def distill_niches(
         target, n_niches=n_niches, image_key=image_key, encoder=encoder, features_key=features_key, use_rep=use_rep,
         split_key=split_key, spatial_key=spatial_key,
     )  # fmt: skip
+    hops = _context_hops(target.table, split_key, context)
     if model_dir is not None:
         check_free(Path(model_dir), overwrite=overwrite)
     _run_missing(
@@ -153,7 +164,7 @@ def distill_niches(
 
     table = target.table
     fit = {"n_steps": n_steps, "batch_size": batch_size, "lr": lr, "seed": seed}
-    size = {"temperature": temperature, "width": width, "depth": depth}
+    size = {"temperature": temperature, "width": width, "depth": depth, "context": hops}
     student, logits = _teach(table, coordinates(target, spatial_key), features_key, split_key, size=size, fit=fit)
     place = Path(model_dir) if model_dir is not None else settings.cache_dir / "models" / student.digest[:16]
     student.save(place, overwrite=overwrite or model_dir is None)
@@ -289,6 +300,28 @@ def _check(
         )
         raise ValueError(msg)
     return missing
+
+
+def _context_hops(table: AnnData, split_key: str, wanted: Sequence[int] | None) -> list[int]:
+    """Hops of the context: those asked for, checked; by default those that the buffer of the hold-out allows."""
+    entry = origin(table, "obs", split_key) if split_key in table.obs else None
+    params = (entry or {}).get("params", {})
+    widest = np.inf
+    if "buffer" in params:
+        widest = np.floor((params["buffer"] - params["field_of_view"] / 2) / params["radius"] + 1e-9)
+    if wanted is None:
+        return [hops for hops in _CONTEXT if hops <= widest]
+    hops = sorted(set(wanted))
+    if any(not isinstance(h, (int, np.integer)) or h < 1 for h in hops):
+        msg = f"context={list(wanted)!r} must be whole numbers of hops, from 1."
+        raise ValueError(msg)
+    if hops and hops[-1] > widest:
+        msg = (
+            f"context={list(wanted)!r} reads across the buffer of obs[{split_key!r}], {params['buffer']:.0f} um, which leaves "
+            f"{widest:.0f} hops of {params['radius']:.1f} um: run `hn.pp.spatial_holdout(..., context_hops={hops[-1]})`, or leave out context."
+        )
+        raise ValueError(msg)
+    return [int(h) for h in hops]
 
 
 def _check_molecules(table: AnnData, use_rep: str) -> set[str]:

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
-import time
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
 
 from histoniche import _keys, metrics
-from histoniche._sdata import coordinates, features, need_graph, open_target, origin
-from histoniche._settings import settings
-from histoniche.models._baselines import BaselineResult, histology_leiden, histology_nolan, linear_probe, sample_rows
-from histoniche.neighbors import NeighborGraph, neighborhood_mean
+from histoniche._sdata import coordinates, open_target, origin, slide_of_cell
 from histoniche.pl._colors import niche_palette
 
+from ._baseline_fits import (
+    BASELINES,
+    UNALIGNED,
+    check_baselines,
+    features_of_student,
+    fit_baselines,
+    gather_inputs,
+)
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from anndata import AnnData
     from spatialdata import SpatialData
 
-BASELINES = ("histology_nolan", "histology_leiden", "probe_cell", "probe_neighborhood")
-_UNALIGNED = ("histology_nolan", "histology_leiden")
-_MAX_TRAIN = 60_000
+    from histoniche._sdata import Target
+    from histoniche.models._baselines import BaselineResult
+
+_BLOCK_RADII = 8
+_CONFIDENCE = 0.95
+_GAINS = ("ari", "nmi")
 
 
 def evaluate_niches(
@@ -40,6 +48,8 @@ def evaluate_niches(
     spatial_key: str = "spatial",
     baselines: Sequence[str] = BASELINES,
     n_steps: int | None = None,
+    block_um: float | None = None,
+    n_boot: int = 1000,
     key_added: str = "niche_evaluation",
     seed: int = 0,
     table_key: str | None = None,
@@ -47,10 +57,12 @@ def evaluate_niches(
 ) -> SpatialData | AnnData | None:
     """Compare student and baselines with the teacher on the test cells.
 
-    Baselines: NOLAN on histology features (``"histology_nolan"``), Leiden on histology features of the test cells
-    (``"histology_leiden"``), logistic regression from the features of the cell (``"probe_cell"``) and of the cell
-    beside the mean of its neighbourhood (``"probe_neighborhood"``). The probes are trained on the teacher's niches of
-    training cells; the first two see no niche at all, and are given the teacher's number of niches.
+    Baselines that see no niche, and are given the teacher's number of them: NOLAN on histology features
+    (``"histology_nolan"``) and Leiden on histology features of the test cells (``"histology_leiden"``). Baselines
+    trained on the teacher's niches of training cells: logistic regression from the features of the cell
+    (``"probe_cell"``) and of the cell beside the mean of its neighbourhood (``"probe_neighborhood"``), its penalty
+    chosen on two bands of training cells; and the vote of the nearest training cells (``"coordinates_only"``), which sees
+    no histology at all.
 
     Parameters
     ----------
@@ -75,6 +87,11 @@ def evaluate_niches(
         Which baselines to fit; none if empty.
     n_steps
         Steps of Histology NOLAN; by default as many as the teacher had.
+    block_um
+        Side in um of the blocks of tissue that are resampled for the intervals; by default 8 radii of the
+        neighbourhoods.
+    n_boot
+        Number of resamples; 0 for no intervals.
     key_added
         Name of the table of figures in ``uns``.
     seed
@@ -86,27 +103,33 @@ def evaluate_niches(
 
     Returns
     -------
-    ``None``, or the copy. Reads ``obs[niche_key]``, ``obs[teacher_key]``, ``obs[split_key]`` and, for the baselines,
-    ``obsm[features_key]`` (n, d), ``obsp["niche_distances"]`` and ``obsm[spatial_key]`` in um. Writes:
+    ``None``, or the copy. Reads ``obs[niche_key]``, ``obs[teacher_key]``, ``obs[split_key]``, ``obsm[spatial_key]`` in
+    um and, for the baselines, ``obsm[features_key]`` (n, d), which may lie on disk, and ``obsp["niche_distances"]``.
+    Writes:
 
     ``uns[key_added]``
         DataFrame, one row per model: ``student``, the baselines and, with an annotation, ``teacher``. On test cells:
         ``ari`` and ``nmi`` against the teacher; ``jsd``, the composition distance of :func:`histoniche.metrics.composition_jsd`
-        (with ``cell_type_key``; clusters without the teacher's names are matched by Hungarian assignment); ``svm_f1``
-        of :func:`histoniche.metrics.svm_probe_f1` (with ``annotation_key``); ``n_niches`` in use and
-        ``effective_niches``; ``n_cells``; ``fit_s``, seconds that the baseline took.
+        (with ``cell_type_key``; clusters without the teacher's names are matched by Hungarian assignment), each with
+        ``*_low`` and ``*_high``, its 95 % interval by spatial block bootstrap
+        (:func:`histoniche.metrics.bootstrap_agreement`); ``svm_f1`` of :func:`histoniche.metrics.svm_probe_f1` (with
+        ``annotation_key``); ``n_niches`` in use and ``effective_niches``; ``n_cells``; ``ari_gain`` and ``nmi_gain``,
+        the student's figure minus the baseline's, with a paired interval; ``fit_s``, seconds that the baseline took
+        (the first of the probes includes what both need).
     ``obs["niche_<baseline>"]``
         Categorical niches of the test cells, missing elsewhere; clusters carry the name of the niche they match best,
         ``extra_<i>`` those beyond the teacher's number. Colours in ``uns["niche_<baseline>_colors"]``.
     ``uns["histoniche"]["evaluate_niches"]``
-        Provenance; ``params["fits"]`` has what the fits reported.
+        Provenance; ``params["fits"]`` has what the fits reported, ``params["block_um"]`` and ``params["n_blocks"]``
+        the blocks.
 
     Raises
     ------
     KeyError
         A column, the features or the neighbour graph is missing.
     ValueError
-        No test or training cell, niches missing on those cells, an unknown baseline.
+        No test or training cell, niches missing on those cells, an unknown baseline, ``block_um`` with which all test
+        cells lie in one block.
 
     References
     ----------
@@ -122,28 +145,23 @@ def evaluate_niches(
         "annotation_key": annotation_key,
     }
     cells = _cells(table, **columns)
-    unknown = sorted(set(baselines) - set(BASELINES))
-    if unknown:
-        msg = f"baselines has {unknown}, which are unknown; there are {list(BASELINES)}."
-        raise ValueError(msg)
+    check_baselines(baselines)
+    blocks = _blocks(target, cells, spatial_key, block_um, n_boot)
     predicted: dict[str, np.ndarray] = {"student": cells.niche}
     fits: dict[str, BaselineResult] = {}
     seconds: dict[str, float] = {}
     if baselines:
-        features_key = features_key or _features_of_student(table, niche_key)
+        features_key = features_key or features_of_student(table, niche_key)
         n_steps = n_steps or ((origin(table, "obs", teacher_key) or {}).get("params") or {}).get("n_steps")
-        inputs = _Inputs(
-            features(table, features_key), *need_graph(table), coordinates(target, spatial_key), cells, seed, n_steps
-        )
-        for name in tqdm(baselines, desc="Baselines", disable=not settings.progress):
-            start = time.perf_counter()
-            fits[name] = _FIT[name](inputs)
-            seconds[name] = time.perf_counter() - start
-            predicted[name] = fits[name].labels
+        inputs = gather_inputs(
+            target, features_key, spatial_key, teacher=cells.teacher, n_niches=len(cells.names), train=cells.train,
+            test=cells.test, seed=seed, n_steps=n_steps,
+        )  # fmt: skip
+        fits, seconds = fit_baselines(baselines, inputs)
+        predicted |= {name: fit.labels for name, fit in fits.items()}
     if annotation_key is not None:
-        predicted["teacher"] = cells.teacher[cells.test]
-    rows = {name: _figures(cells, name, labels, seed) for name, labels in predicted.items()}
-    frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("model")
+        predicted["teacher"] = cells.reference
+    frame = _table_of_figures(cells, predicted, blocks, seed)
     frame["fit_s"] = [seconds.get(name, np.nan) for name in frame.index]
     obs = {f"niche_{name}": _named(cells, name, fit.labels) for name, fit in fits.items()}
     uns = {_keys.colors(key): niche_palette(len(column.categories)) for key, column in obs.items()}
@@ -153,12 +171,59 @@ def evaluate_niches(
             "baselines": list(baselines),
             "seed": seed,
             "n_steps": n_steps,
+            "n_boot": n_boot,
+            **({} if blocks is None else {"block_um": blocks.side, "n_blocks": blocks.number}),
             "fits": {name: fit.info for name, fit in fits.items()},
         },
         inputs={**columns, "features": features_key, "spatial_key": spatial_key},
         obs=obs,
         uns={**uns, key_added: frame},
     )
+
+
+# ------------------------------------------------------------------------------------------------------------ blocks
+@dataclass(frozen=True)
+class _Blocks:
+    """Where the test cells lie, how they are cut into blocks, and how many resamples are drawn."""
+
+    xy: np.ndarray
+    slide: np.ndarray
+    side: float
+    n_boot: int
+
+    @property
+    def number(self) -> int:
+        return int(metrics.spatial_blocks(self.xy, self.side, groups=self.slide).max()) + 1
+
+
+def _blocks(target: Target, cells: _Cells, spatial_key: str, block_um: float | None, n_boot: int) -> _Blocks | None:
+    """Blocks of the test cells; ``None`` where no interval is wanted, or none can be had."""
+    if n_boot == 0:
+        return None
+    side = block_um
+    if side is None:
+        neighbors = target.table.uns.get(str(_keys.NEIGHBORS))
+        if neighbors is None:
+            msg = (
+                f"block_um is 8 radii of the neighbourhoods by default, but uns[{str(_keys.NEIGHBORS)!r}] is missing: pass "
+                "block_um= (a length in um), run `hn.pp.spatial_neighbors`, or leave intervals out with n_boot=0."
+            )
+            raise ValueError(msg)
+        side = _BLOCK_RADII * float(neighbors["params"]["radius"])
+    xy = coordinates(target, spatial_key)[cells.test]
+    blocks = _Blocks(xy, slide_of_cell(target.table)[cells.test], float(side), n_boot)
+    if blocks.number == 1 and block_um is None:
+        warnings.warn(
+            f"The test cells lie in one block of {side:.0f} um (8 radii), so there are no intervals: pass a smaller "
+            "block_um= for some, or n_boot=0.",
+            UserWarning,
+            stacklevel=3,
+        )
+        return None
+    if blocks.number == 1:
+        msg = f"All test cells lie in one block with block_um={block_um}: pass a smaller one, or n_boot=0."
+        raise ValueError(msg)
+    return blocks
 
 
 # ------------------------------------------------------------------------------------------------------------- cells
@@ -239,76 +304,37 @@ def _cells(
     return _Cells(names, teacher_codes, train, test, niche_codes[test].astype(np.int64), cell_types, annotation)
 
 
-def _features_of_student(table: AnnData, niche_key: str) -> str:
-    entry = origin(table, "obs", niche_key) or {}
-    key = (entry.get("inputs") or {}).get("features")
-    if key is None:
-        msg = (
-            f"Which features the student of obs[{niche_key!r}] was given is not recorded in uns['histoniche']: name them "
-            f"with features_key=; obsm has {sorted(table.obsm)}."
-        )
-        raise KeyError(msg)
-    return str(key).removeprefix("obsm/")
-
-
-# --------------------------------------------------------------------------------------------------------- baselines
-@dataclass(frozen=True)
-class _Inputs:
-    features: np.ndarray
-    graph: NeighborGraph
-    radius: float
-    xy: np.ndarray
-    cells: _Cells
-    seed: int
-    n_steps: int | None
-
-
-def _nolan(x: _Inputs) -> BaselineResult:
-    train = np.zeros(len(x.xy), dtype=bool)
-    train[x.cells.train] = True
-    options = {} if x.n_steps is None else {"n_steps": int(x.n_steps)}
-    result = histology_nolan(
-        x.features, x.graph, x.xy, len(x.cells.names), radius=x.radius, train_cells=train, seed=x.seed, **options
-    )
-    result.labels = result.labels[x.cells.test]
-    return result
-
-
-def _leiden(x: _Inputs) -> BaselineResult:
-    return histology_leiden(x.features[x.cells.test], len(x.cells.names), seed=x.seed)
-
-
-def _probe_cell(x: _Inputs) -> BaselineResult:
-    train = sample_rows(x.cells.train, _MAX_TRAIN, x.seed)
-    return linear_probe(x.features[train], x.cells.teacher[train], x.features[x.cells.test], seed=x.seed)
-
-
-def _probe_neighborhood(x: _Inputs) -> BaselineResult:
-    train = sample_rows(x.cells.train, _MAX_TRAIN, x.seed)
-    mean = neighborhood_mean(x.graph, x.features)
-
-    def both(rows: np.ndarray) -> np.ndarray:
-        return np.concatenate([x.features[rows].astype(np.float32), mean[rows]], axis=1)
-
-    return linear_probe(both(train), x.cells.teacher[train], both(x.cells.test), seed=x.seed)
-
-
-_FIT: dict[str, Callable[[_Inputs], BaselineResult]] = {
-    "histology_nolan": _nolan,
-    "histology_leiden": _leiden,
-    "probe_cell": _probe_cell,
-    "probe_neighborhood": _probe_neighborhood,
-}
-
-
 # ----------------------------------------------------------------------------------------------------------- figures
+def _table_of_figures(
+    cells: _Cells, predicted: dict[str, np.ndarray], blocks: _Blocks | None, seed: int
+) -> pd.DataFrame:
+    """One row per model."""
+    rows = {name: _figures(cells, name, labels, seed) for name, labels in predicted.items()}
+    if blocks is not None:
+        found = metrics.bootstrap_agreement(
+            cells.reference, predicted, blocks.xy, block_um=blocks.side, cell_types=cells.cell_types, unaligned=UNALIGNED,
+            n_boot=blocks.n_boot, confidence=_CONFIDENCE, seed=seed, groups=blocks.slide,
+        )  # fmt: skip
+        for name, row in rows.items():
+            intervals = dict(found[name])
+            if name in BASELINES:
+                intervals |= {f"{key}_gain": found["student"][key].minus(found[name][key]) for key in _GAINS}
+            for key, interval in intervals.items():
+                row |= {key: interval.estimate, f"{key}_low": interval.low, f"{key}_high": interval.high}
+    frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("model")
+    with_interval = [f"{key}{end}" for key in ("ari", "nmi", "jsd") for end in ("", "_low", "_high")]
+    gains = [f"{key}_gain{end}" for key in _GAINS for end in ("", "_low", "_high")]
+    order = [*with_interval, "svm_f1", "n_niches", "effective_niches", "n_cells", *gains]
+    return frame[[column for column in order if column in frame]]
+
+
 def _figures(cells: _Cells, name: str, labels: np.ndarray, seed: int) -> dict[str, Any]:
     row: dict[str, Any] = {
         "ari": metrics.adjusted_rand(cells.reference, labels),
         "nmi": metrics.normalized_mutual_info(cells.reference, labels),
     }
     if cells.cell_types is not None:
-        match: Literal["identity", "hungarian"] = "hungarian" if name in _UNALIGNED else "identity"
+        match: Literal["identity", "hungarian"] = "hungarian" if name in UNALIGNED else "identity"
         row["jsd"] = metrics.composition_jsd(cells.reference, labels, cells.cell_types, match=match)
     if cells.annotation is not None:
         known = cells.annotation.notna().to_numpy()
@@ -322,7 +348,7 @@ def _figures(cells: _Cells, name: str, labels: np.ndarray, seed: int) -> dict[st
 def _named(cells: _Cells, name: str, labels: np.ndarray) -> pd.Categorical:
     """Niches of all cells: clusters take the name of the niche they match, cells outside the test have none."""
     categories = list(cells.names)
-    if name in _UNALIGNED:
+    if name in UNALIGNED:
         renamed = metrics.match_labels(cells.reference, labels)
         n_extra = 0
         # A cluster beyond the matches takes a niche that is left over, and beyond those a name of its own.

@@ -36,10 +36,10 @@ def nolan(
 ) -> SpatialData | AnnData | None:
     """Assign each cell to a niche by self-distillation over the cells around it (NOLAN).
 
-    A small Transformer reads a disc of cells and gives K niche logits; no clustering step follows. It starts at k-means
-    on neighbourhood means and is refined by agreement between overlapping discs: two of the full radius and local ones
-    of 0.75 of it, each with some of its cells left out. With ``use_rep`` a histology embedding, the result is the
-    baseline *Histology NOLAN*.
+    A small Transformer reads a disc of cells and gives K niche logits; no clustering step follows. It starts at a
+    Gaussian mixture of neighbourhood means with one covariance for all niches, and is refined by agreement between
+    overlapping discs: two of the full radius and local ones of 0.75 of it, each with some of its cells left out. With
+    ``use_rep`` a histology embedding, the result is the baseline *Histology NOLAN*.
 
     Parameters
     ----------
@@ -96,7 +96,7 @@ def nolan(
     Warns
     -----
     UserWarning
-        The niches collapsed in training, and the result is k-means on neighbourhood means.
+        The niches collapsed in training, and the result is the mixture of neighbourhood means.
 
     References
     ----------
@@ -124,8 +124,8 @@ def nolan(
     )
     if result.collapsed:
         warnings.warn(
-            f"NOLAN's niches collapsed after {len(result.history['loss'])} steps; obs[{key_added!r}] holds k-means on "
-            "neighbourhood means instead. Fewer niches or another embedding may help.",
+            f"NOLAN's niches collapsed after {len(result.history['loss'])} steps; obs[{key_added!r}] holds the mixture "
+            "of neighbourhood means instead. Fewer niches or another embedding may help.",
             stacklevel=2,
         )
     is_teacher = key_added == str(_keys.TEACHER)
