@@ -366,7 +366,7 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=DOCS, help="where page and figures go")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--cells", type=int, default=100_000)
-    parser.add_argument("--features", type=int, default=472)
+    parser.add_argument("--features", type=int, default=152)
     parser.add_argument("--predicted", type=int, default=20_000, help="cells of the prediction")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--predict-rounds", type=int, default=4)

@@ -50,7 +50,7 @@ def test_writes_features_with_their_contract(mode: str) -> None:
 def test_embedded_encoder() -> None:
     sdata = tissue()
     hn.tl.histology_embedding(sdata, encoder="efficientnet-lite0", mode="dense")
-    assert sdata["table"].obsm["X_efficientnet-lite0"].shape == (30, 40 + 112 + 320)
+    assert sdata["table"].obsm["X_efficientnet-lite0"].shape == (30, 40 + 112)
 
 
 def test_field_of_view_sets_the_resolution() -> None:
