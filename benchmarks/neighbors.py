@@ -30,7 +30,7 @@ TARGET = 50
 SPACING = 10.0
 """Side in um of the square that a cell has to itself on average in uniform tissue."""
 SIZES = [10_000, 30_000, 100_000, 300_000, 1_000_000, 2_000_000, 4_000_000]
-MEANS = {"140,702 x 152, float16": (140_702, 472, "float16"), "1,000,000 x 50, float32": (1_000_000, 50, "float32")}
+MEANS = {"140,702 x 152, float16": (140_702, 152, "float16"), "1,000,000 x 50, float32": (1_000_000, 50, "float32")}
 NAMES = {
     "squidpy": "`squidpy.gr.spatial_neighbors`",
     "public": "`hn.pp.spatial_neighbors`",
