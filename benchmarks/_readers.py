@@ -9,6 +9,7 @@ import anndata
 import geopandas
 import numpy as np
 import pandas as pd
+from scipy import sparse
 from spatialdata import SpatialData
 from spatialdata.models import ShapesModel, TableModel
 from spatialdata.transformations import Identity
@@ -49,11 +50,32 @@ def read_xenium_pancreas(folder: str | Path, *, shapes: bool = False, min_counts
     return sdata
 
 
-def read_visium_hd_kidney(folder: str | Path) -> SpatialData:
-    """Visium HD human kidney: ``bins_8um.h5ad`` (bins, not cells) and the H&E ``he.png`` at 2.008 um/px."""
+def read_visium_hd_kidney(folder: str | Path, *, bin_um: int = 8) -> SpatialData:
+    """Visium HD human kidney: ``bins_8um.h5ad`` (bins, not cells) and the H&E ``he.png`` at 2.008 um/px.
+
+    Bins of 16, 24, ... um are sums over whole squares of bins of 8 um, at the mean of their centres.
+    """
     folder = Path(folder)
     table = anndata.read_h5ad(folder / "bins_8um.h5ad")
     table.obsm["spatial"] = np.asarray(table.obsm["spatial"], dtype=np.float64) * KIDNEY_UM_PER_PX
+    if bin_um != 8:
+        table = aggregate_bins(table, bin_um // 8)
     sdata = SpatialData.init_from_elements({"table": TableModel.parse(table)})
     hn.io.attach_image(sdata, folder / "he.png", um_per_px=KIDNEY_UM_PER_PX)
     return sdata
+
+
+def aggregate_bins(table: anndata.AnnData, factor: int) -> anndata.AnnData:
+    """Sum the counts of squares of ``factor`` x ``factor`` bins; incomplete squares, at the edges, are dropped.
+
+    Reads ``obs["array_row"]``, ``obs["array_col"]`` and ``obsm["spatial"]``; the result has the same fields.
+    """
+    row, column = (table.obs[name].to_numpy() for name in ("array_row", "array_col"))
+    squares = np.stack([(row - row.min()) // factor, (column - column.min()) // factor], axis=1)
+    squares, member, size = np.unique(squares, axis=0, return_inverse=True, return_counts=True)
+    total = sparse.csr_matrix((np.ones(len(member), dtype=np.float32), (member.ravel(), np.arange(len(member)))))
+    whole = size == factor**2
+    xy = (total @ table.obsm["spatial"]) / size[:, None]
+    obs = pd.DataFrame(squares, columns=["array_row", "array_col"], index=[f"{r}_{c}" for r, c in squares])
+    summed = sparse.csr_matrix(total @ table.X).astype(np.float32)
+    return anndata.AnnData(summed, obs=obs, var=table.var.copy(), obsm={"spatial": xy})[whole].copy()

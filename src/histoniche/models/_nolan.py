@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from scipy.special import softmax
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
@@ -22,7 +21,8 @@ from histoniche.neighbors import NeighborGraph, Neighborhoods, neighborhood_mean
 
 from ._features import rotate, take
 from ._losses import self_distillation_loss
-from ._predict import predict_neighborhoods
+from ._predict import LEAST_PROBABILITY, predict_neighborhoods
+from ._predict import consensus as consensus_logits
 from ._training import default_steps, epoch_batches, train
 from ._transformer import NeighborhoodTransformer, masked_mean
 
@@ -36,9 +36,6 @@ _START_TEMPERATURE = 0.05
 """Temperature at which the assignment at the start is the mixture's own posterior."""
 _COLLAPSED = 0.5
 """Training stops where the effective number of niches falls below this share of what it started from."""
-
-
-_LEAST_PROBABILITY = 1e-6
 
 
 class Nolan(nn.Module):
@@ -244,8 +241,7 @@ def fit_nolan(
     fitted = untrained if occupancy.collapsed else teacher
     logits = predict_neighborhoods(fitted, features, graph, xy, radius=radius) / teacher_temperature
     if consensus:
-        assignment = neighborhood_mean(graph, softmax(logits, axis=1))
-        logits = np.log(np.maximum(assignment, _LEAST_PROBABILITY))
+        logits = consensus_logits(graph, logits)
     return NolanResult(logits, start, history, occupancy.collapsed)
 
 
@@ -293,7 +289,7 @@ def _warm_start(
     spread = float(np.sqrt(((sample - center) ** 2).mean()))
     metric = mixture.precisions_cholesky_
     prototypes = (mixture.means_[order] - center) @ metric
-    bias = _START_TEMPERATURE * np.log(np.maximum(mixture.weights_[order], _LEAST_PROBABILITY))
+    bias = _START_TEMPERATURE * np.log(np.maximum(mixture.weights_[order], LEAST_PROBABILITY))
     with isolated_rng(seed):
         module = Nolan(
             torch.from_numpy(prototypes.astype(np.float32)),

@@ -6,18 +6,20 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
+from scipy.special import softmax
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from histoniche._compute import ahead, make_fabric, to_device
 from histoniche._settings import settings
-from histoniche.neighbors import NeighborGraph, padded_neighborhoods
+from histoniche.neighbors import NeighborGraph, neighborhood_mean, padded_neighborhoods
 
 from ._features import FeatureSource, take
 
 if TYPE_CHECKING:
     from histoniche.neighbors import Neighborhoods
 
+LEAST_PROBABILITY = 1e-6
 _PROJECTED_AT_ONCE = 16_384
 _WORKERS_FOR_GPU = 4
 _SEED = 0
@@ -98,6 +100,24 @@ def predict_neighborhoods(
                 logits = torch.empty((n, found.shape[1]), device=device)
             logits[to_device(rows, device)] = found.float()  # stays on the device, which need not wait
     return logits.cpu().numpy()  # type: ignore[union-attr]  # _project refuses zero cells
+
+
+def consensus(graph: NeighborGraph, logits: np.ndarray) -> np.ndarray:
+    """Logits of the mean assignment over the discs centred on a cell and on its neighbours.
+
+    Parameters
+    ----------
+    graph
+        Neighbour graph.
+    logits
+        (n, K) logits of the discs centred on the cells.
+
+    Returns
+    -------
+    (n, K) float32, the logarithm of the mean of ``softmax(logits)``.
+    """
+    assignment = neighborhood_mean(graph, softmax(logits, axis=1))
+    return np.log(np.maximum(assignment, LEAST_PROBABILITY))
 
 
 def _project(module: NicheModule, features: np.ndarray | FeatureSource, n: int, device: torch.device) -> Tensor:

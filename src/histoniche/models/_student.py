@@ -19,7 +19,7 @@ from ._context import context_means, principal_axes
 from ._directory import read_directory, write_directory
 from ._features import FeatureSource, Joined, rotate, take
 from ._losses import distillation_loss
-from ._predict import predict_neighborhoods
+from ._predict import consensus, predict_neighborhoods
 from ._training import default_steps, epoch_batches, train
 from ._transformer import NeighborhoodTransformer, masked_mean
 
@@ -317,15 +317,17 @@ class NicheStudent:
 
         Returns
         -------
-        (n, K) float32; their softmax is the predicted assignment.
+        (n, K) float32; their softmax is the predicted assignment: the mean over the discs centred on a cell and on its
+        neighbours, as the teacher's is.
         """
         if features.shape[1] != self.config.n_features:
             msg = f"The features have {features.shape[1]} columns; the student was trained on {self.config.n_features}."
             raise ValueError(msg)
         source = self._with_context(features, graph)
-        return predict_neighborhoods(
+        logits = predict_neighborhoods(
             self.module, source, graph, xy, radius=self.config.radius, batch_size=batch_size, description="predict"
         )
+        return consensus(graph, logits)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write ``config.json``, ``model.safetensors`` and ``README.md`` (the model card) to a directory.

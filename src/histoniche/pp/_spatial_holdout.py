@@ -69,8 +69,9 @@ def spatial_holdout(
     buffer
         Width of the buffer in um. By default the larger of ``2 * radius + field_of_view``, with which no pixel and no
         cell that a training neighbourhood can hold lies in a test cell's neighbourhood or crops, and of
-        ``context_hops * radius + field_of_view / 2``, with which no test cell lies in a training cell's context. A
-        smaller one is refused below ``max(field_of_view / 2, radius)``.
+        ``(context_hops + 1) * radius + field_of_view / 2``, with which no cell of one part lies in the context of a cell
+        of the other, nor in that of the neighbours whose predictions a label is the mean of. A smaller one is refused
+        below ``max(field_of_view / 2, radius)``.
     field_of_view
         Width of a crop in um.
     context_hops
@@ -124,7 +125,7 @@ def spatial_holdout(
         radius = radius_for_density(xy, target_neighbors, groups=groups, seed=seed)
     least = max(field_of_view / 2, radius)
     if buffer is None:
-        buffer = max(2 * radius + field_of_view, context_hops * radius + field_of_view / 2)
+        buffer = max(2 * radius + field_of_view, (context_hops + 1) * radius + field_of_view / 2)
     if not buffer >= least:
         msg = (
             f"buffer={buffer} um leaks: at least {least:.1f} um are needed, the larger of half a field of view "

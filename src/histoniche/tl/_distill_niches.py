@@ -92,9 +92,10 @@ def distill_niches(
     target_neighbors
         Given to :func:`~histoniche.pp.spatial_neighbors` where the graph is missing.
     context
-        Numbers of hops over which histology features are averaged as the context of a cell, which reads as far as the
-        largest of them times the radius. By default those of 2 and 4 that keep training and test cells apart: both
-        without a test strip or with :func:`~histoniche.pp.spatial_holdout`'s ``context_hops=4``. No context if empty.
+        Numbers of hops over which histology features are averaged as the context of a cell; a label reads as far as one
+        hop more than the largest of them, times the radius. By default those of 2 and 4 that keep training and test
+        cells apart: both without a test strip or with :func:`~histoniche.pp.spatial_holdout`'s ``context_hops=4``. No
+        context if empty.
     temperature
         tau of the loss.
     width, depth
@@ -308,7 +309,7 @@ def _context_hops(table: AnnData, split_key: str, wanted: Sequence[int] | None) 
     params = (entry or {}).get("params", {})
     widest = np.inf
     if "buffer" in params:
-        widest = np.floor((params["buffer"] - params["field_of_view"] / 2) / params["radius"] + 1e-9)
+        widest = np.floor((params["buffer"] - params["field_of_view"] / 2) / params["radius"] - 1 + 1e-9)
     if wanted is None:
         return [hops for hops in _CONTEXT if hops <= widest]
     hops = sorted(set(wanted))
