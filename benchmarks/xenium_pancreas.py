@@ -31,6 +31,8 @@ HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs" / "benchmarks"
 ENCODER = "efficientnet-lite0"
 CONTEXT_HOPS = 4
+UNSUPERVISED = ("histology_nolan", "histology_leiden")
+"""Baselines that are also run on features of three strides: coarser ones cluster better, finer ones teach better."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,37 @@ def evaluate(sdata: SpatialData, job: Job) -> None:
     hn.tl.evaluate_niches(sdata, cell_type_key="graph_cluster", seed=job.seed)
 
 
+def histology_3_strides(job: Job) -> None:
+    """Dense features with stride 32 beside 8 and 16, for the unsupervised baselines."""
+    from dataclasses import replace
+
+    import numpy as np
+
+    import histoniche as hn
+
+    usual = hn.encoders.get(ENCODER)
+    hn.encoders.register(replace(usual, name=f"{ENCODER}-3-strides", dense_strides=(8, 16, 32)))
+    sdata = job.read()
+    store = job.output / "features_3.zarr"
+    hn.tl.histology_embedding(sdata, encoder=f"{ENCODER}-3-strides", mode="dense", key_added="three", store=store)
+    np.save(job.output / "features_3.npy", sdata["table"].obsm["three"])
+
+
+def unsupervised(job: Job) -> None:
+    """The unsupervised baselines on three strides; their figures go to a file."""
+    import numpy as np
+
+    import histoniche as hn
+
+    table = job.read()["table"]
+    table.obsm["three"] = np.load(job.output / "features_3.npy")
+    hn.tl.evaluate_niches(
+        table, features_key="three", baselines=UNSUPERVISED, cell_type_key="graph_cluster", n_boot=0, seed=job.seed
+    )
+    figures = table.uns["niche_evaluation"].loc[list(UNSUPERVISED), ["ari", "nmi", "jsd", "effective_niches"]]
+    (job.folder / "unsupervised.json").write_text(figures.to_json(orient="index"))
+
+
 def plots(job: Job) -> None:
     """Niche maps, composition, confusion, training, exemplars."""
     import histoniche as hn
@@ -179,7 +212,9 @@ def plots(job: Job) -> None:
 ONCE = {"read": read, "holdout": holdout, "neighbors": neighbors, "histology": histology}
 PER_SEED = {"molecular": molecular}
 PER_RUN = {"teacher": teacher, "student": student, "evaluate": evaluate}
-STAGES = {**ONCE, **PER_SEED, **PER_RUN, "plots": plots}
+STAGES = {
+    **ONCE, **PER_SEED, **PER_RUN, "plots": plots, "histology_3_strides": histology_3_strides, "unsupervised": unsupervised,
+}  # fmt: skip
 
 
 class Runner:
@@ -234,8 +269,10 @@ def run_all(arguments: argparse.Namespace) -> None:
     runner(job(arguments.seeds[0]), list(PER_SEED), alone=True)
     runner(first, [*PER_RUN, "plots"], alone=True)
 
+    runner(base, ["histology_3_strides"], alone=True)
+
     def others(seed: int, n_niches: int) -> None:
-        runner(job(seed, n_niches), list(PER_RUN), alone=arguments.jobs == 1)
+        runner(job(seed, n_niches), [*PER_RUN, "unsupervised"], alone=arguments.jobs == 1)
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
         for made in [
@@ -259,7 +296,8 @@ def main() -> None:
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.stage:
-        per_seed, per_run = arguments.stage in PER_SEED, arguments.stage in PER_RUN or arguments.stage == "plots"
+        per_seed = arguments.stage in PER_SEED
+        per_run = arguments.stage in PER_RUN or arguments.stage in ("plots", "unsupervised")
         STAGES[arguments.stage](
             Job(
                 arguments.output,
