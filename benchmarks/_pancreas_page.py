@@ -59,7 +59,8 @@ def write_page(
     sections = [
         _head(first, seeds),
         *(_quality(k, seeds, runs, flat, tables) for k in n_niches),
-        _niches(first),
+        _NICHES_HEAD,
+        *(_niches(k, tables[k, seeds[0]]) for k in n_niches),
         _pictures(n_niches[0], seeds[0]),
         _time(times, flat),
     ]
@@ -148,7 +149,14 @@ stride 32 beside 8 and 16. Finer features teach a student better, coarser ones c
 """
 
 
-def _niches(table: AnnData) -> str:
+_NICHES_HEAD = """## What the niches are
+
+The teacher's niches of the first seed: their size, their commonest clusters of the vendor's, and the genes that set them apart
+(t-test on log-normalised counts, best six). What they look like: {doc}`xenium_pancreas_niches`.
+"""
+
+
+def _niches(k: int, table: AnnData) -> str:
     """What the teacher's niches are made of: clusters and marker genes."""
     counts = table.copy()
     counts = counts[np.asarray(counts.X.sum(axis=1)).ravel() > 0].copy()
@@ -162,10 +170,7 @@ def _niches(table: AnnData) -> str:
         top = counts.obs.loc[here, "graph_cluster"].value_counts(normalize=True).head(3)
         clusters = ", ".join(f"{name} ({share:.0%})" for name, share in top.items())
         rows.append(f"| {niche} | {int(here.sum()):,} | {clusters} | {', '.join(names[niche])} |")
-    return f"""## What the niches are
-
-The teacher's niches of the first run: their size, their commonest clusters of the vendor's, and the genes that set them apart
-(t-test on log-normalised counts, best six).
+    return f"""K = {k}:
 
 | niche | cells | clusters | genes |
 |---|---|---|---|

@@ -44,10 +44,20 @@ def test_deterministic(sdata):
 def test_spread_prefers_rank_and_distance():
     xy = np.array([[0, 0], [1, 0], [100, 0], [101, 0], [50, 80], *[[10, 10]] * 45], dtype=float)
     rank = np.array([1.0, 0.99, 0.98, 0.97, 0.96, *np.linspace(0.5, 0.1, 45)])
-    assert sorted(_spread(xy, rank, 3)) == [0, 2, 4]
-    assert _spread(xy, rank, 1).tolist() == [0]
-    assert _spread(xy[:2], rank[:2], 5).tolist() == [0, 1]
-    assert len(set(_spread(np.zeros((60, 2)), np.ones(60), 4))) == 4
+    assert sorted(_spread(xy, rank, 3, 10.0)) == [0, 2, 4]
+    assert _spread(xy, rank, 1, 10.0).tolist() == [0]
+    assert _spread(xy[:2], rank[:2], 5, 10.0).tolist() == [0, 1]
+    assert len(set(_spread(np.zeros((60, 2)), np.ones(60), 4, 10.0))) == 4
+
+
+def test_spread_lets_in_lower_ranks_before_crops_overlap():
+    xy = np.concatenate([np.random.default_rng(0).uniform(0, 20, (30, 2)), np.arange(1, 171)[:, None] * [50.0, 0.0]])
+    rank = np.linspace(1, 0, 200)  # the highest tenth lies within 20 um
+    chosen = xy[_spread(xy, rank, 4, 40.0)]
+    distances = np.linalg.norm(chosen[:, None] - chosen[None], axis=2)[np.triu_indices(4, 1)]
+    assert distances.min() >= 40
+    close = xy[_spread(xy, rank, 4, 5.0)]
+    assert np.abs(close).max() <= 20
 
 
 def test_niches_without_cells_and_edges(sdata):

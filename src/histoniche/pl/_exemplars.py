@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 _CROP_PX = 160
 """Crops are read from the coarsest level of the pyramid that has at least this many pixels for one."""
-_CANDIDATES = 0.1
-"""Exemplars come from this share of a niche's cells, the most confident ones."""
+_CANDIDATES = (0.1, 0.3, 1.0)
+"""Exemplars come from the first of these shares of a niche's cells, the most confident ones, in which crops need not overlap."""
 _HALVINGS = 12
 
 
@@ -42,8 +42,8 @@ def exemplars(
 ) -> Figure:
     """Plot crops of the image around typical cells of every niche, one row per niche.
 
-    Typical are cells with a high value of ``by``; from the highest tenth those are taken that lie apart.
-    Only the crops are read from the image.
+    Typical are cells with a high value of ``by``; from the highest tenth those are taken that lie apart, or from
+    more of them where crops would overlap. Only the crops are read from the image.
 
     Parameters
     ----------
@@ -92,7 +92,7 @@ def exemplars(
     for k in range(len(niche.names)):
         cells = np.flatnonzero((niche.codes == k) & inside & np.isfinite(rank))
         if len(cells):
-            chosen[k] = cells[_spread(xy[cells], rank[cells], n)]
+            chosen[k] = cells[_spread(xy[cells], rank[cells], n, field_of_view)]
     if not chosen:
         msg = f"No crop of {field_of_view:g} um around a cell lies within images[{source.key!r}]: choose a smaller field_of_view."
         raise ValueError(msg)
@@ -123,24 +123,37 @@ def _inside(source: Image, xy: np.ndarray, field_of_view: float) -> np.ndarray:
     return np.asarray(((px >= half) & (px <= np.array([width, height]) - half)).all(axis=1))
 
 
-def _spread(xy: np.ndarray, rank: np.ndarray, n: int) -> np.ndarray:
-    """Positions of n cells of high rank, in this order, that lie apart: the distance asked for is halved until n do."""
+def _spread(xy: np.ndarray, rank: np.ndarray, n: int, least: float) -> np.ndarray:
+    """Positions of n cells of high rank, in this order, that lie apart, if possible by ``least``.
+
+    The distance asked for is halved until n cells keep it; where that makes it less than ``least``, cells of lower rank are
+    let in first.
+    """
     order = np.argsort(-rank, kind="stable")
     if len(order) <= n:
         return order
-    order = order[: max(n, int(_CANDIDATES * len(order)))]
-    points = xy[order]
-    apart = float(np.linalg.norm(np.ptp(points, axis=0))) / 2
-    for _ in range(_HALVINGS):
-        chosen: list[int] = []
-        near = np.zeros(len(order), dtype=bool)
-        while len(chosen) < n and not near.all():
-            chosen.append(int(near.argmin()))
-            near |= np.linalg.norm(points - points[chosen[-1]], axis=1) <= apart
-        if len(chosen) == n:
-            return order[chosen]
-        apart /= 2
+    for share in _CANDIDATES:
+        candidates = order[: max(n, int(share * len(order)))]
+        points = xy[candidates]
+        apart = float(np.linalg.norm(np.ptp(points, axis=0))) / 2
+        for _ in range(_HALVINGS):
+            if apart < least and share < _CANDIDATES[-1]:
+                break
+            chosen = _apart(points, n, apart)
+            if len(chosen) == n:
+                return candidates[chosen]
+            apart /= 2
     return order[:n]
+
+
+def _apart(points: np.ndarray, n: int, distance: float) -> list[int]:
+    """The first points, at most n, that lie further than a distance from those before them."""
+    chosen: list[int] = []
+    near = np.zeros(len(points), dtype=bool)
+    while len(chosen) < n and not near.all():
+        chosen.append(int(near.argmin()))
+        near |= np.linalg.norm(points - points[chosen[-1]], axis=1) <= distance
+    return chosen
 
 
 def _crops(source: Image, xy: np.ndarray, field_of_view: float) -> list[np.ndarray]:
