@@ -60,6 +60,22 @@ def test_spread_lets_in_lower_ranks_before_crops_overlap():
     assert np.abs(close).max() <= 20
 
 
+def test_cells_astray_are_no_exemplars(sdata):
+    table = sdata["table"]
+    xy = table.obsm["spatial"]
+    # The surest cell of niche 0 lies where no other does.
+    cell = np.flatnonzero(table.obs["niche"] == "0")[0]
+    alone = xy.max(axis=0) - np.array([60.0, 60.0])
+    others = np.abs(xy - alone).max(axis=1) > 50
+    others[cell] = True
+    table.obs.loc[table.obs_names[cell], "niche_confidence"] = 1.0
+    xy[cell] = alone
+    sdata.tables["table"] = table[others].copy()
+    for crop in crops(exemplars(sdata, n=2, field_of_view=48.0), 0, 2):
+        place = crop[40, 40, :2].astype(float) * 4 * 0.6 - 20
+        assert np.linalg.norm(place - alone) > 4
+
+
 def test_niches_without_cells_and_edges(sdata):
     table = sdata["table"]
     table.obs.loc[table.obs["niche"] == "1", "niche"] = "0"

@@ -8,6 +8,7 @@ import dask
 import dask.array as da
 import matplotlib.pyplot as plt
 import numpy as np
+from scipy.spatial import KDTree
 
 from histoniche import _keys
 from histoniche._sdata import Image, coordinates, image, open_target
@@ -24,6 +25,8 @@ _CROP_PX = 160
 """Crops are read from the coarsest level of the pyramid that has at least this many pixels for one."""
 _CANDIDATES = (0.1, 0.3, 1.0)
 """Exemplars come from the first of these shares of a niche's cells, the most confident ones, in which crops need not overlap."""
+_LEAST_CELLS = 0.25
+"""Crops with fewer cells than this share of the niche's median are left out: they show a cell that lies astray."""
 _HALVINGS = 12
 
 
@@ -43,7 +46,8 @@ def exemplars(
     """Plot crops of the image around typical cells of every niche, one row per niche.
 
     Typical are cells with a high value of ``by``; from the highest tenth those are taken that lie apart, or from
-    more of them where crops would overlap. Only the crops are read from the image.
+    more of them where crops would overlap. Cells astray, with a quarter or less of the cells that a crop of their niche
+    usually holds, are left out. Only the crops are read from the image.
 
     Parameters
     ----------
@@ -88,10 +92,12 @@ def exemplars(
     xy = coordinates(target, spatial_key)
     source = image(target.sdata, image_key)
     inside = _inside(source, xy, field_of_view)
+    crowd = KDTree(xy).query_ball_point(xy, field_of_view / 2, p=np.inf, return_length=True)
     chosen = {}
     for k in range(len(niche.names)):
         cells = np.flatnonzero((niche.codes == k) & inside & np.isfinite(rank))
         if len(cells):
+            cells = cells[crowd[cells] >= _LEAST_CELLS * np.median(crowd[cells])]
             chosen[k] = cells[_spread(xy[cells], rank[cells], n, field_of_view)]
     if not chosen:
         msg = f"No crop of {field_of_view:g} um around a cell lies within images[{source.key!r}]: choose a smaller field_of_view."
