@@ -58,10 +58,8 @@ VARIANTS = {
     "context of 2 hops alone": Variant(config=(("context", [2]),)),
     "outlines of the cells beside the features": Variant(features=("frozen", "outlines")),
     "adapted encoder": Variant(features=("adapted",)),
-    "four layers": Variant(config=(("depth", 4),)),
     "tau = 1": Variant(config=(("temperature", 1.0),)),
     "hard labels": Variant(hard=True),
-    "three times the steps": Variant(fit=(("n_steps", 3 * N_STEPS),)),
 }
 PROBED = ("as it is", "adapted encoder")
 """Variants whose features the linear probes are shown on."""
