@@ -156,7 +156,7 @@ def embed(sdata: SpatialData, name: str, arguments: argparse.Namespace) -> None:
     for mode in MODES:
         hn.tl.histology_embedding(
             sdata, encoder=ENCODER, mode=mode, um_per_px=TISSUES[name].um_per_px, key_added=mode,
-            store=arguments.output / f"{name}_{mode}.zarr",
+            store=arguments.output / f"{name}_{mode}.zarr", batch_size=8,
         )  # fmt: skip
 
 
@@ -164,9 +164,8 @@ def quality(sdata: SpatialData, seed: int, folder: Path, n_steps: int | None) ->
     """ARI and NMI of a student of each mode's features, of the same teacher, on the test strip."""
     table = sdata["table"]
     hn.tl.nolan(table, n_niches=N_NICHES, use_rep="X_niche_pca", seed=seed)
-    table.obsm["both"] = np.concatenate([table.obsm["dense"], table.obsm["crop"]], axis=1)
     found = {}
-    for mode in (*MODES, "both"):
+    for mode in MODES:
         hn.tl.distill_niches(
             table, n_niches=N_NICHES, features_key=mode, use_rep="X_niche_pca", model_dir=folder / "model", overwrite=True,
             n_steps=n_steps, seed=seed,
@@ -245,7 +244,7 @@ def summary(results: dict[str, dict[str, Any]]) -> dict[str, float]:
         for part in ("speed", "agreement"):
             flat |= {f"{name}.{key}": round(float(value), 4) for key, value in mine[part].items()}
         students = list(mine["students"].values())
-        for mode in (*MODES, "both"):
+        for mode in MODES:
             for figure in ("ari", "nmi"):
                 values = [student[mode][figure] for student in students]
                 flat[f"{name}.{mode}.{figure}"] = round(float(np.mean(values)), 4)
@@ -286,9 +285,6 @@ def tables(flat: dict[str, float]) -> str:
             f"{f[f'{mode}.nmi']:.3f} ± {f[f'{mode}.nmi.sd']:.3f} |"
             for mode in MODES
         ]
-        rows.append(
-            f"| both together | - | {f['both.ari']:.3f} ± {f['both.ari.sd']:.3f} | {f['both.nmi']:.3f} ± {f['both.nmi.sd']:.3f} |"
-        )
         less, fast = f["crop_minus_dense.ari"], f["ratio"]
         words = (
             f"Dense is **{fast:.0f} times** as fast as crops in batches of 64, the default, and {f['ratio_batch8']:.0f} times as fast as "
