@@ -179,17 +179,19 @@ def plot_glomeruli(sdata: SpatialData, save: Path) -> None:
     )
     figure, axes = plt.subplots(2, 3, figsize=(15, 7.2), height_ratios=(2.05, 0.62), layout="constrained")
     for row, (low, high) in enumerate(((y.min(), y.max()), (y[test].min(), y[test].max()))):
-        for ax, (title, values, top) in zip(axes[row], panels, strict=True):
+        for ax, (title, values, _) in zip(axes[row], panels, strict=True):
             ax.imshow(image, extent=extent)
-            if values is not None:
-                size = MAIN * 72 * ax.get_window_extent().width / figure.dpi / (x.max() - x.min())
-                ax.scatter(x, y, c=values, s=size**2, marker="s", linewidths=0, cmap="magma", vmin=0, vmax=top)
             ax.set(xlim=(x.min(), x.max()), ylim=(high, low), xticks=[], yticks=[])
             if row == 0:
                 ax.set_title(title)
                 ax.hlines((y[test].min(), y[test].max()), x.min(), x.max(), colors="c", linewidth=1.5)
             elif values is None:
                 ax.set_ylabel("test strip")
+    figure.draw_without_rendering()  # the layout, from which the size of a bin follows
+    for ax, (_, values, top) in ((ax, panel) for row in axes for ax, panel in zip(row, panels, strict=True)):
+        if values is not None:
+            size = 1.1 * MAIN * 72 * ax.get_window_extent().width / figure.dpi / (x.max() - x.min())
+            ax.scatter(x, y, c=values, s=size**2, marker="s", linewidths=0, cmap="magma", vmin=0, vmax=top)
     figure.savefig(save, dpi=110)
     plt.close(figure)
 
@@ -260,7 +262,7 @@ pip install ".[demo]"
 python benchmarks/visium_hd_kidney.py PATH/TO/visium_hd_kidney
 ```
 
-Runs took {minutes:.1f} minutes on {cores} cores ({machine}), no GPU; Python {python}. All figures: `visium_hd_kidney.json`.
+Runs took {minutes:.1f} minutes on {cores} cores ({machine}) that other work shared, no GPU; Python {python}. All figures: `visium_hd_kidney.json`.
 """
 
 
