@@ -67,4 +67,5 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(_dense, "_CNN_TILE", 96)
     monkeypatch.setattr(_dense, "_CNN_MARGIN", 16)
+    monkeypatch.setattr(_dense, "_FINE_MARGIN", 16)
     monkeypatch.setattr(_dense, "_BLOCK", 64)

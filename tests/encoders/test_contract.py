@@ -37,7 +37,7 @@ def test_crop_contract(cnn: Encoder) -> None:
 def test_dense_contract(cnn: Encoder, vit: Encoder) -> None:
     of_cnn, of_vit = feature_contract(cnn, "dense", 0.5), feature_contract(vit, "dense", 0.5)
     assert of_cnn["pooling"] == "bilinear, strides 8, 16"
-    assert (of_cnn["tile_px"], of_cnn["margin_px"]) == (1536, 256)
+    assert (of_cnn["tile_px"], of_cnn["margin_px"]) == (1536, 176)
     assert of_vit["pooling"] == "patch tokens"
     assert (of_vit["tile_px"], of_vit["margin_px"]) == (160, 20)
     assert of_vit["revision"] == "random-init"

@@ -15,9 +15,12 @@ if TYPE_CHECKING:
     from ._load import Encoder
     from ._tiles import Region
 
-# On tissue, EfficientNet-Lite0's map of stride 32 at the seam of two tiles explains this much of the variance of the same
-# map without a seam: nothing with a margin of 64 px, 0.69 with 128, 0.95 with 192, 0.997 with 256.
-_CNN_TILE, _CNN_MARGIN = 1536, 256
+_CNN_TILE = 1536
+_CNN_MARGIN = 256
+"""On tissue, EfficientNet-Lite0's map of stride 32 at the seam of two tiles explains this much of the variance of the same map
+without a seam: nothing with a margin of 64 px, 0.69 with 128, 0.95 with 192, 0.997 with 256."""
+_FINE_STRIDE, _FINE_MARGIN = 16, 176
+"""Its maps of strides 8 and 16 see 170 px to either side: with this margin there is no seam at all."""
 _BLOCK = 1024
 """Least width in px of the squares whose tiles share one reading of the image, where tiles are smaller."""
 
@@ -27,7 +30,12 @@ def dense_geometry(encoder: Encoder) -> tuple[int, int]:
     if encoder.fixed_size:
         # A ViT keeps the size it was trained at; an eighth on each side is left to context.
         return encoder.spec.input_px, encoder.spec.input_px // 8
-    return _CNN_TILE, _CNN_MARGIN
+    return _CNN_TILE, _FINE_MARGIN if _is_fine(encoder) else _CNN_MARGIN
+
+
+def _is_fine(encoder: Encoder) -> bool:
+    """Whether the margin covers all that a position sees, so that tiles may end anywhere beyond it."""
+    return not encoder.fixed_size and max(encoder.spec.dense_strides) <= _FINE_STRIDE
 
 
 def dense_block_width(encoder: Encoder) -> int:
@@ -49,16 +57,32 @@ def embed_tiles(region: Region, points: np.ndarray, encoder: Encoder, batch_size
     size, margin = dense_geometry(encoder)
     members, corners = blocks_of(points, size - 2 * margin)
     corners = corners - margin
+    sizes = np.full((len(members), 2), size)
+    if _is_fine(encoder):  # tiles that fit their cells, so one at a time
+        batch_size, step = 1, max(encoder.spec.dense_strides)
+        fitted = [_fitted(points[cells], corner, margin, step) for cells, corner in zip(members, corners, strict=True)]
+        corners, sizes = (np.stack(part) for part in zip(*fitted, strict=True))
     parts = []
     for start in range(0, len(members), batch_size):
         here = slice(start, start + batch_size)
-        maps = encoder.maps(region.windows(corners[here], size))
+        width, height = sizes[start].tolist()
+        maps = encoder.maps(region.windows(corners[here], width, height))
         for i, (cells, corner) in enumerate(zip(members[here], corners[here], strict=True)):
             sampled = [sample_map(m[i : i + 1], stride, points[cells] - corner) for m, stride in maps]
             parts.append(torch.cat(sampled, dim=1))
     out = np.empty((len(points), parts[0].shape[1]), dtype=np.float32)
     out[np.concatenate(members)] = torch.cat(parts).cpu().numpy()
     return out
+
+
+def _fitted(points: np.ndarray, corner: np.ndarray, margin: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Corner and size (2,) of the part of a tile that its points and the margin around them need.
+
+    It begins and ends a whole number of steps from the tile's corner, so that feature maps have the same positions.
+    """
+    low = np.floor((points.min(axis=0) - margin - corner) / step) * step
+    high = np.ceil((points.max(axis=0) + margin - corner) / step) * step
+    return corner + low, (high - low).astype(int)
 
 
 def sample_map(features: Tensor, stride: float, points: np.ndarray) -> Tensor:

@@ -39,26 +39,29 @@ class Region:
         pixels = self.pixels.pin_memory() if device.type == "cuda" else self.pixels
         return Region(pixels.to(device, non_blocking=True).float(), self.low, self.factor)
 
-    def windows(self, corners: np.ndarray, size: int) -> Tensor:
-        """Cut square windows.
+    def windows(self, corners: np.ndarray, width: int, height: int | None = None) -> Tensor:
+        """Cut windows of one size.
 
         Parameters
         ----------
         corners
             (B, 2) left and top edge in target px, any fraction; pixel i spans i to i + 1.
-        size
-            Width in target px.
+        width, height
+            Size in target px; square without a height.
 
         Returns
         -------
-        (B, 3, size, size) float32 RGB in 0 to 255, averaged over the area of a target pixel where the image is finer,
+        (B, 3, height, width) float32 RGB in 0 to 255, averaged over the area of a target pixel where the image is finer,
         bilinear where it is coarser.
         """
+        size = (width, width if height is None else height)
         box = np.concatenate([corners, corners + size], axis=1) / np.tile(self.factor, 2) - np.tile(self.low, 2)
         boxes = torch.zeros(len(box), 5)
         boxes[:, 1:] = torch.from_numpy(box)
         samples = max(1, int(np.ceil(1 / self.factor.min() - 1e-6)))
-        return roi_align(self.pixels.float(), boxes.to(self.pixels.device), size, sampling_ratio=samples, aligned=True)
+        return roi_align(
+            self.pixels.float(), boxes.to(self.pixels.device), size[::-1], sampling_ratio=samples, aligned=True
+        )
 
 
 @dataclass(frozen=True)
