@@ -48,7 +48,6 @@ class Variant:
     features: tuple[str, ...] = ("frozen",)
     config: tuple[tuple[str, Any], ...] = ()
     fit: tuple[tuple[str, Any], ...] = ()
-    hard: bool = False
 
 
 VARIANTS = {
@@ -58,8 +57,6 @@ VARIANTS = {
     "context of 2 hops alone": Variant(config=(("context", [2]),)),
     "outlines of the cells beside the features": Variant(features=("frozen", "outlines")),
     "adapted encoder": Variant(features=("adapted",)),
-    "tau = 1": Variant(config=(("temperature", 1.0),)),
-    "hard labels": Variant(hard=True),
 }
 PROBED = ("as it is", "adapted encoder")
 """Variants whose features the linear probes are shown on."""
@@ -99,9 +96,8 @@ class Trial:
         """Fit a student on the cells to fit on."""
         k = self.logits.shape[1]
         config = StudentConfig(features.shape[1], k, self.radius, **dict(variant.config))
-        hard = np.where(np.eye(k, dtype=bool)[self.niche], 0.0, -30.0).astype(np.float32)
         student = NicheStudent(config).fit(
-            features, self.graph, self.xy, hard if variant.hard else self.logits, train_cells=self.fit,
+            features, self.graph, self.xy, self.logits, train_cells=self.fit,
             **{"n_steps": N_STEPS, **dict(variant.fit)},
         )  # fmt: skip
         return self.score(student.predict(features, self.graph, self.xy).argmax(axis=1))
