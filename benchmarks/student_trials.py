@@ -156,7 +156,7 @@ other strips, are in {{doc}}`../design`.
 
 *Adapted encoder*: EfficientNet-Lite0 up to stride 16, trained for 8 epochs on the cells to fit on to tell the scVI latent of the
 neighbourhood (mean over 1 and 2 hops) from the map at the cell, with turns, mirror images and changes of stain. It lifts what sees a cell
-alone, and does nothing for a student that reads context: what it learns is what context already says.
+alone or with its neighbourhood, and lowers a student that reads context, by more than another seed does.
 
 ## Command
 
