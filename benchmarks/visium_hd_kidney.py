@@ -262,7 +262,7 @@ pip install ".[demo]"
 python benchmarks/visium_hd_kidney.py PATH/TO/visium_hd_kidney
 ```
 
-Runs took {minutes:.1f} minutes on {cores} cores ({machine}) that other work shared, no GPU; Python {python}. All figures: `visium_hd_kidney.json`.
+Runs took {minutes:.1f} minutes on {cores} cores ({machine}), no GPU (wall time: other work on the machine counts too); Python {python}. All figures: `visium_hd_kidney.json`.
 """
 
 
