@@ -15,7 +15,9 @@ from histoniche._compute import ahead, make_fabric
 from histoniche._settings import settings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
+
+    from ._checkpoint import Checkpoint
 
 B = TypeVar("B")
 
@@ -41,7 +43,9 @@ def train(
     weight_decay: float,
     clip: float = 3.0,
     warmup: int | None = None,
+    lr_factors: Mapping[str, float] | None = None,
     after_step: Callable[[nn.Module, int], bool] | None = None,
+    checkpoint: Checkpoint | None = None,
     description: str = "training",
 ) -> dict[str, list[float]]:
     """Train a module with AdamW and a warm-up and cosine schedule.
@@ -56,8 +60,12 @@ def train(
         Loss of a batch and figures to record, numbers or scalars on the device; it moves the batch to the device.
     n_steps, lr, weight_decay, clip, warmup
         Schedule of the optimiser. Biases, norms and other vectors get no weight decay.
+    lr_factors
+        Factors of the learning rate of parameters whose name begins with a text; they get no weight decay.
     after_step
         Called after each step with the bare module, for instance to update a teacher; true ends the training.
+    checkpoint
+        Where the state is kept, and taken up again.
     description
         Text of the progress bar.
 
@@ -72,24 +80,20 @@ def train(
         for them; so the error comes up to 20 steps late, and names the step.
     """
     fabric = make_fabric()
-    trained = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ],
-        lr=lr,
-    )
+    optimizer = torch.optim.AdamW(_groups(module, lr, weight_decay, lr_factors or {}), lr=lr)
     warmup = max(1, n_steps // 20) if warmup is None else warmup
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, n_steps, warmup))
     wrapped, optimizer = fabric.setup(module, optimizer)
     module.train()
     history: dict[str, list[float]] = {}
     waiting: list[dict[str, float | Tensor]] = []
+    first = 0
+    if checkpoint is not None:
+        first = checkpoint.restore(module, history, optimizer=optimizer, schedule=schedule)
     workers = _WORKERS_FOR_GPU if fabric.device.type == "cuda" else 1
-    batches = ahead(make_batch, n_steps, workers=workers)
-    bar = tqdm(batches, total=n_steps, desc=description, disable=not settings.progress, leave=True)
-    for step, batch in enumerate(bar):
+    batches = ahead(lambda ahead_step: make_batch(first + ahead_step), n_steps - first, workers=workers)
+    bar = tqdm(batches, initial=first, total=n_steps, desc=description, disable=not settings.progress, leave=True)
+    for step, batch in enumerate(bar, first):
         value, figures = loss(wrapped, batch, fabric.device)
         optimizer.zero_grad(set_to_none=True)
         fabric.backward(value)
@@ -98,14 +102,31 @@ def train(
         schedule.step()
         waiting.append({"loss": value.detach(), **figures, _GRADIENT: norm})
         done = after_step is not None and after_step(module, step)
-        if done or step % _FETCH_EVERY == 0 or step + 1 == n_steps:
+        keep = checkpoint is not None and not done and (step + 1) % checkpoint.every == 0
+        if done or keep or step % _FETCH_EVERY == 0 or step + 1 == n_steps:
             _fetch(waiting, history, description, lr)
             bar.set_postfix({name: f"{values[-1]:.3f}" for name, values in history.items()})
+        if checkpoint is not None and keep:
+            checkpoint.save(step + 1, module, history, optimizer=optimizer, schedule=schedule)
         if done:
             break
     bar.close()
     module.eval()
     return history
+
+
+def _groups(
+    module: nn.Module, lr: float, weight_decay: float, lr_factors: Mapping[str, float]
+) -> list[dict[str, object]]:
+    """Parameters that ask for a gradient, by learning rate and weight decay."""
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    groups: list[dict[str, object]] = []
+    for prefix, factor in lr_factors.items():
+        names = [name for name in trained if name.startswith(prefix)]
+        groups.append({"params": [trained.pop(name) for name in names], "weight_decay": 0.0, "lr": factor * lr})
+    groups.append({"params": [p for p in trained.values() if p.ndim > 1], "weight_decay": weight_decay})
+    groups.append({"params": [p for p in trained.values() if p.ndim <= 1], "weight_decay": 0.0})
+    return [group for group in groups if group["params"]]
 
 
 def _fetch(

@@ -1,4 +1,4 @@
-"""Plots of niches, of what they are made of, and of how well they are seen."""
+"""Plots of niches, of what they are made of, of how well they are seen, and of segmentations."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from ._confusion import confusion
 from ._exemplars import exemplars
 from ._niche_composition import niche_composition
 from ._niche_map import niche_map
+from ._segmentation import segmentation
 from ._training_history import training_history
 
-__all__ = ["confusion", "exemplars", "niche_composition", "niche_map", "training_history"]
+__all__ = ["confusion", "exemplars", "niche_composition", "niche_map", "segmentation", "training_history"]

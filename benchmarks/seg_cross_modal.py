@@ -1,0 +1,179 @@
+"""Single-channel students of a teacher that sees more: with and without distillation, on held-out images and tissue.
+
+    python benchmarks/seg_cross_modal.py DATA --out RUNS [--jobs 2]
+
+DATA holds ``bbbc038`` and ``xenium_pancreas``. Every run is a file under RUNS, and so are the teacher's maps, so a benchmark that
+was stopped goes on. Writes ``docs/benchmarks/seg_cross_modal.{md,json}`` and its pictures. ``--validation`` measures on
+validation images instead, to choose settings on, and writes no page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from _seg_data import PATCH, SPLITS, load_split, save_split, teacher_maps
+
+from histoniche import seg, settings
+
+if TYPE_CHECKING:
+    from _seg_data import Split
+
+    from histoniche.seg import Field, Segmenter
+
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
+SEEDS = (0, 1, 2)
+STUDENTS = ("mobilenetv3-small", "efficientnet-b0", "resnet18", "swin-tiny")
+CONTROL = "mobilenetv3-small"
+N_LABELLED, N_STEPS = 4, 200
+SETTINGS = {"pretrained": False, "batch_size": 4, "patch_px": PATCH}
+RATES = {"swin-tiny": 5e-4}
+RATE = 4e-3
+"""Learning rates, of all arms alike; chosen on validation images among 0.002, 0.004 and 0.006."""
+KD: dict[str, dict[str, Any]] = {
+    "kd": {},
+    "kd, labels unseen": {"terms": ("probability", "boundary")},
+    "kd without boundary term": {"terms": ("probability", "supervised")},
+    "kd without probability term": {"terms": ("boundary", "supervised")},
+    "kd with fixed weights": {"uncertainty": False},
+    "kd of hard pseudo-labels": {"hard": True},
+    "kd loss on true labels": {},
+}
+"""Arms that learn from all transfer patches, and their options."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training, measured."""
+
+    data: str
+    arm: str
+    student: str = CONTROL
+    n_labelled: int = N_LABELLED
+    n_steps: int = N_STEPS
+    seed: int = 0
+
+    @property
+    def file(self) -> str:
+        """Name of its file."""
+        arm = self.arm.replace(", ", "-").replace(" ", "_")
+        return f"{self.data}.{self.student}.{arm}.{self.n_labelled}.{self.n_steps}.{self.seed}.json"
+
+
+def runs(seeds: tuple[int, ...]) -> list[Run]:
+    """All runs, the table of the students first."""
+    table = [
+        Run(data, arm, student=student, seed=seed)
+        for seed in seeds for student in STUDENTS for data in SPLITS for arm in ("no_kd", "kd")
+    ]  # fmt: skip
+    controls = [Run(data, arm, seed=seed) for seed in seeds for arm in KD if arm != "kd" for data in SPLITS]
+    labels = [
+        Run(data, arm, n_labelled=n, seed=seed)
+        for seed in seeds for n in (16, 64) for data in SPLITS for arm in ("no_kd", "kd")
+    ]  # fmt: skip
+    schedules = [
+        Run(data, arm, n_steps=n, seed=seed)
+        for seed in seeds for n in (N_STEPS // 2, N_STEPS * 3) for data in SPLITS for arm in ("no_kd", "kd")
+    ]  # fmt: skip
+    return [*table, *controls, *labels, *schedules]
+
+
+class Truth:
+    """Labels in the place of a teacher: what the same loss reaches with them."""
+
+    name, licence, fingerprint = "labels", "none", "labels"
+
+    def __call__(self, item: Field, *, features: bool = False) -> seg.teachers.Output:
+        """Maps of the labels."""
+        del features
+        return seg.teachers.Output(seg.maps_of_labels(item.read_labels()))
+
+
+def train_student(split: Split, run: Run) -> Segmenter:
+    """Train as the arm says; every arm has the same steps, batch and augmentation."""
+    options = {**SETTINGS, "channel": split.channel, "student": run.student, "n_steps": run.n_steps, "seed": run.seed}
+    options["lr"] = RATES.get(run.student, RATE)
+    labelled = split.labelled(run.n_labelled, run.seed)
+    if run.arm == "no_kd":
+        return seg.finetune(labelled, **options)
+    teacher = Truth() if run.arm == "kd loss on true labels" else split.teacher
+    return seg.distill(split.transfer, teacher=teacher, labelled=labelled, **options, **KD[run.arm])
+
+
+def measured(found: list[np.ndarray], fields: list[Field]) -> dict[str, float]:
+    """Means over the held-out fields."""
+    um = fields[0].um_per_px or 1.0
+    frame = seg.metrics.evaluate(
+        [(labels, item.read_labels()) for labels, item in zip(found, fields, strict=True)], um_per_px=um
+    )
+    return {name: float(frame[name].mean()) for name in ("dice", "hausdorff95", "boundary_f", "ap50", "ap75", "pq")}
+
+
+# ------------------------------------------------------------------------------------------------------------- stages
+def prepare(name: str, data: Path, out: Path) -> None:
+    """Make a split, tune the teacher, keep its maps of the transfer patches and what it reaches itself."""
+    folder = out / name
+    if (folder / "teacher.json").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    split = SPLITS[name](data)
+    taught = seg.teachers.teach(split.transfer, teacher=split.teacher, cache=out / "cache")
+    save_split(split, taught, folder)
+    fields = split.held_out["test"]
+    maps = [teacher_maps(split.teacher, item) for item in fields]
+    np.savez_compressed(folder / "teacher_test.npz", np.stack(maps).astype(np.float16))
+    reached = {"teacher": measured([seg.instances(found) for found in maps], fields)}
+    for label, teacher in split.others.items():
+        reached[label] = measured([seg.instances(teacher_maps(teacher, item)) for item in fields], fields)
+    (folder / "teacher.json").write_text(json.dumps(reached, indent=1))
+
+
+def one_run(run: Run, out: Path, part: str) -> str:
+    """Train a student and measure it."""
+    path = out / part / run.file
+    if path.exists():
+        return run.file
+    settings.progress = False
+    split = load_split(out / run.data)
+    student = train_student(split, run)
+    fields = split.held_out[part]
+    found = [student.predict(item) for item in fields]
+    if run.seed == 0 and run.n_labelled == N_LABELLED and run.n_steps == N_STEPS:
+        np.savez_compressed(path.with_suffix(".npz"), *found[:4])
+    beside = path.with_suffix(".part")
+    beside.write_text(json.dumps({**asdict(run), **measured(found, fields)}, indent=1))
+    beside.replace(path)
+    return run.file
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--jobs", type=int, default=1, help="processes, each with one thread")
+    parser.add_argument("--only", choices=list(SPLITS), help="one data set")
+    parser.add_argument("--validation", action="store_true")
+    args = parser.parse_args()
+    part = "validation" if args.validation else "test"
+    (args.out / part).mkdir(parents=True, exist_ok=True)
+    names = [args.only] if args.only else list(SPLITS)
+    for name in names:
+        prepare(name, args.data, args.out)
+    wanted = [run for run in runs(SEEDS) if run.data in names]
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+        done = [pool.submit(one_run, run, args.out, part) for run in wanted]
+        for number, future in enumerate(done, 1):
+            print(f"{number}/{len(wanted)} {future.result()}", flush=True)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()

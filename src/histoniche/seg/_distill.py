@@ -1,0 +1,292 @@
+"""Distil a teacher into a student, or train a student on labels alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ._fields import STRETCH
+from ._fit import EarlyStopping, Stacks, fit
+from ._losses import TERMS, DistillationLoss
+from ._segmenter import Segmenter, SegmenterConfig, check_scale
+from .teachers._cache import teach
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ._fields import Field
+    from .teachers import Teacher
+
+_LEAST_PATCH = 32
+
+
+def distill(
+    fields: Sequence[Field],
+    *,
+    teacher: Teacher,
+    channel: str | None = None,
+    labelled: Sequence[Field] = (),
+    validation: Sequence[Field] = (),
+    student: str | Segmenter = "resnet18",
+    pretrained: bool = True,
+    weights: str | Path | None = None,
+    terms: Sequence[str] = TERMS,
+    uncertainty: bool = True,
+    hard: bool = False,
+    n_steps: int = 1000,
+    batch_size: int = 8,
+    patch_px: int = 128,
+    labelled_share: float = 0.25,
+    lr: float = 1e-3,
+    weight_decay: float = 1e-2,
+    patience: int = 5,
+    cache: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 100,
+    seed: int = 0,
+) -> Segmenter:
+    """Distil a frozen teacher, which sees all its channels, into a small student that sees one.
+
+    The teacher segments every field once; the student learns its maps from augmented patches, and, on fields with labels,
+    the labels.
+
+    Parameters
+    ----------
+    fields
+        Fields that the teacher segments. Their labels are not learnt, but a teacher that is asked by the boxes of labelled
+        objects reads them.
+    teacher
+        The teacher.
+    channel
+        Channel that the student sees; may be left out where fields have one.
+    labelled
+        Fields whose labels are learnt besides.
+    validation
+        Fields with labels on which the best step is chosen and training is stopped early. Without, the last step is taken.
+    student
+        A name of :func:`histoniche.seg.list_students`, any timm encoder, or a student to train on.
+    pretrained, weights
+        Whether the encoder starts from ImageNet weights, of the hub or of a local file.
+    terms
+        Terms of the loss: ``"probability"``, ``"boundary"``, ``"supervised"`` (used where there are labelled fields).
+    uncertainty
+        Whether the terms' weights are learnt.
+    hard
+        Whether the teacher's maps are cut at 0.5 to pseudo-labels: a control.
+    n_steps, batch_size, patch_px, lr, weight_decay
+        Schedule; patches of ``patch_px`` px, a multiple of 32.
+    labelled_share
+        Share of a batch drawn from labelled fields.
+    patience
+        Looks at the validation fields, one every 5 % of the steps, without improvement that end the training.
+    cache
+        Directory in which the teacher's maps are kept, and found again.
+    checkpoint
+        File in which the state is kept every ``checkpoint_every`` steps, and from which an interrupted training goes on.
+        On a CPU the result is the same bit for bit.
+    checkpoint_every
+        Steps.
+    seed
+        Decides all that is random.
+
+    Returns
+    -------
+    The student.
+
+    Raises
+    ------
+    KeyError
+        A field without the channel.
+    StudentAccessError
+        The encoder's weights cannot be had.
+    ValueError
+        No fields; fields of different um/px; images smaller than a patch; constant channels; labels of one class;
+        settings out of range; a damaged cache or checkpoint.
+
+    References
+    ----------
+    Cross-modal distillation: arXiv 2606.00928; uncertainty weights: Kendall et al. 2018, doi 10.1109/CVPR.2018.00781.
+    """
+    fields, labelled = list(fields), list(labelled)
+    if not fields:
+        msg = "distill was given no fields: the teacher has nothing to segment."
+        raise ValueError(msg)
+    channel = _check(fields, labelled, validation, channel, patch_px=patch_px, n_steps=n_steps, batch_size=batch_size)
+    used = [term for term in terms if term != "supervised" or labelled]
+    loss = DistillationLoss(used, uncertainty=uncertainty)
+    segmenter = _start(
+        student, channel, fields[0].um_per_px, pretrained=pretrained, weights=weights, seed=seed,
+        teacher={"name": teacher.name, "licence": teacher.licence},
+    )  # fmt: skip
+    maps = teach(fields, teacher=teacher, cache=cache)
+    if hard:
+        maps = [(found > 0.5).astype(np.float32) for found in maps]
+    segmenter.config.training = {
+        "terms": list(loss.terms), "uncertainty weights": uncertainty, "hard": hard, "fields": len(fields),
+        "labelled fields": len(labelled), "steps": n_steps, "batch": batch_size, "patch px": patch_px, "seed": seed,
+    }  # fmt: skip
+    return _run(
+        segmenter, Stacks(channel, [*fields, *labelled], maps), loss, validation, n_steps=n_steps,
+        batch_size=batch_size, patch_px=patch_px, labelled_share=labelled_share, lr=lr, weight_decay=weight_decay,
+        patience=patience, checkpoint=checkpoint, checkpoint_every=checkpoint_every, seed=seed, description="distil",
+    )  # fmt: skip
+
+
+def finetune(
+    fields: Sequence[Field],
+    *,
+    channel: str | None = None,
+    validation: Sequence[Field] = (),
+    student: str | Segmenter = "resnet18",
+    pretrained: bool = True,
+    weights: str | Path | None = None,
+    n_steps: int = 1000,
+    batch_size: int = 8,
+    patch_px: int = 128,
+    lr: float = 1e-3,
+    weight_decay: float = 1e-2,
+    patience: int = 5,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 100,
+    seed: int = 0,
+) -> Segmenter:
+    """Train a student on labels alone: the baseline of distillation, or its last stage.
+
+    Parameters
+    ----------
+    fields
+        Fields with labels.
+    channel
+        Channel that the student sees; may be left out where fields have one.
+    validation
+        Fields with labels on which the best step is chosen and training is stopped early. Without, the last step is taken.
+    student
+        A name of :func:`histoniche.seg.list_students`, any timm encoder, or a student to train on.
+    pretrained, weights
+        Whether the encoder starts from ImageNet weights, of the hub or of a local file.
+    n_steps, batch_size, patch_px, lr, weight_decay
+        Schedule; patches of ``patch_px`` px, a multiple of 32.
+    patience
+        Looks at the validation fields without improvement that end the training.
+    checkpoint, checkpoint_every
+        File and steps of the state from which an interrupted training goes on.
+    seed
+        Decides all that is random.
+
+    Returns
+    -------
+    The student; a copy where one was given.
+
+    Raises
+    ------
+    KeyError
+        A field without the channel.
+    StudentAccessError
+        The encoder's weights cannot be had.
+    ValueError
+        No fields, fields without labels or with labels of one class, fields of different um/px, images smaller than a
+        patch, constant channels, settings out of range, a damaged checkpoint.
+    """
+    fields = list(fields)
+    if not fields:
+        msg = "finetune was given no fields with labels."
+        raise ValueError(msg)
+    channel = _check([], fields, validation, channel, patch_px=patch_px, n_steps=n_steps, batch_size=batch_size)
+    segmenter = _start(student, channel, fields[0].um_per_px, pretrained=pretrained, weights=weights, seed=seed)
+    segmenter.config.training = {
+        **segmenter.config.training, "labelled fields": len(fields), "supervised steps": n_steps, "batch": batch_size,
+        "patch px": patch_px, "seed": seed,
+    }  # fmt: skip
+    return _run(
+        segmenter, Stacks(channel, fields, []), DistillationLoss(["supervised"], uncertainty=False), validation,
+        n_steps=n_steps, batch_size=batch_size, patch_px=patch_px, labelled_share=1.0, lr=lr, weight_decay=weight_decay,
+        patience=patience, checkpoint=checkpoint, checkpoint_every=checkpoint_every, seed=seed, description="finetune",
+    )  # fmt: skip
+
+
+def _run(
+    segmenter: Segmenter,
+    stacks: Stacks,
+    loss: DistillationLoss,
+    validation: Sequence[Field],
+    *,
+    patience: int,
+    checkpoint: str | Path | None,
+    **settings: Any,
+) -> Segmenter:
+    stopping = None
+    if validation:
+        every = max(1, settings["n_steps"] // 20)
+        stopping = EarlyStopping(segmenter, Stacks(segmenter.config.channel, validation, []), every, patience)
+    fit(
+        segmenter, stacks, loss, stopping=stopping, checkpoint=None if checkpoint is None else Path(checkpoint),
+        **settings,
+    )  # fmt: skip
+    return segmenter
+
+
+def _start(
+    student: str | Segmenter,
+    channel: str,
+    um_per_px: float | None,
+    *,
+    pretrained: bool,
+    weights: str | Path | None,
+    seed: int,
+    teacher: dict[str, str] | None = None,
+) -> Segmenter:
+    """Make a new student, or a copy of the given one, for it is the caller's."""
+    if isinstance(student, str):
+        config = SegmenterConfig(
+            encoder=student, channel=channel, um_per_px=um_per_px, stretch=list(STRETCH), teacher=teacher or {}
+        )
+        return Segmenter(config, pretrained=pretrained, weights=weights, seed=seed)
+    if student.config.channel != channel:
+        msg = f"channel={channel!r}, but the student was trained on {student.config.channel!r}."
+        raise ValueError(msg)
+    check_scale(student.config.um_per_px, um_per_px, "the fields")
+    copied = Segmenter(SegmenterConfig(**{**vars(student.config), **({"teacher": teacher} if teacher else {})}))
+    copied.module.load_state_dict(student.module.state_dict())
+    return copied
+
+
+def _check(
+    taught: Sequence[Field],
+    labelled: Sequence[Field],
+    validation: Sequence[Field],
+    channel: str | None,
+    *,
+    patch_px: int,
+    n_steps: int,
+    batch_size: int,
+) -> str:
+    """Refuse what would fail, or teach nothing, later on; return the channel."""
+    if patch_px < _LEAST_PATCH or patch_px % _LEAST_PATCH or n_steps < 1 or batch_size < 2:
+        msg = (
+            f"patch_px={patch_px} must be a multiple of {_LEAST_PATCH}, n_steps={n_steps} at least 1, "
+            f"batch_size={batch_size} at least 2."
+        )
+        raise ValueError(msg)
+    every = [*taught, *labelled, *validation]
+    if channel is None:
+        if len(every[0].channels) != 1:
+            msg = f"Fields have the channels {list(every[0].channels)}: name the student's with channel=."
+            raise ValueError(msg)
+        channel = every[0].channels[0]
+    for item in every:
+        item.indices([channel])
+        if min(item.shape) < patch_px:
+            msg = f"Field {item.name!r} is {item.shape[0]} x {item.shape[1]} px, smaller than a patch: patch_px={patch_px}."
+            raise ValueError(msg)
+        if item.um_per_px != every[0].um_per_px:
+            check_scale(every[0].um_per_px, item.um_per_px, f"field {item.name!r}", most=1.1)
+    for item in [*labelled, *validation]:
+        foreground = (item.read_labels() > 0).mean()
+        if foreground in {0, 1}:
+            msg = (
+                f"Field {item.name!r}: its labels have one class only ({'no' if not foreground else 'all'} foreground)."
+            )
+            raise ValueError(msg)
+    return channel

@@ -1,0 +1,230 @@
+"""Training of a student: on a teacher's maps, on labels, or on both."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from histoniche._compute import to_device
+from histoniche._random import isolated_rng
+from histoniche.models._checkpoint import Checkpoint
+from histoniche.models._training import epoch_batches, train
+
+from ._augment import training_patch
+from ._targets import maps_of_labels
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from ._fields import Field
+    from ._losses import DistillationLoss
+    from ._segmenter import Segmenter
+
+_Batch = tuple[np.ndarray, np.ndarray]
+_KEPT_BYTES = 2_000_000_000
+_EPOCH_BATCHES = 8
+_WEIGHTS_FASTER = 50.0
+"""The weights of a loss are learnt this many times faster than the network, or they would stay where they began."""
+
+
+class Stacks:
+    """Channel and maps of fields, read when first asked for and kept while they fit into memory.
+
+    Parameters
+    ----------
+    channel
+        Channel to read.
+    fields
+        Fields; those with maps first, then those whose labels are the target.
+    maps
+        (2, y, x) of the first fields.
+    """
+
+    def __init__(self, channel: str, fields: Sequence[Field], maps: Sequence[np.ndarray]) -> None:
+        self.channel, self.fields, self.maps = channel, list(fields), list(maps)
+        self._kept: dict[int, np.ndarray] = {}
+        self._bytes = 0
+        self._lock = Lock()
+
+    def __len__(self) -> int:
+        return len(self.fields)
+
+    def labelled(self, row: int) -> bool:
+        """Whether labels are the target."""
+        return row >= len(self.maps)
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        """(3, y, x) float32: channel, foreground, boundary."""
+        with self._lock:
+            if row in self._kept:
+                return self._kept[row]
+        item = self.fields[row]
+        target = maps_of_labels(item.read_labels()) if self.labelled(row) else self.maps[row]
+        stack = np.concatenate([item.read([self.channel]), target])
+        with self._lock:
+            if row not in self._kept and self._bytes + stack.nbytes <= _KEPT_BYTES:
+                self._kept[row] = stack
+                self._bytes += stack.nbytes
+        return stack
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all pixels and targets."""
+        sha = hashlib.sha256()
+        for row in range(len(self)):
+            sha.update(np.ascontiguousarray(self[row]).tobytes())
+        return sha.hexdigest()[:16]
+
+
+class EarlyStopping:
+    """Keeps the best weights, and stops a training that no longer improves on validation fields.
+
+    Parameters
+    ----------
+    stacks
+        Validation fields.
+    every
+        Steps from one look to the next.
+    patience
+        Looks without improvement after which training stops.
+    """
+
+    def __init__(self, segmenter: Segmenter, stacks: Stacks, every: int, patience: int) -> None:
+        self.segmenter, self.stacks, self.every, self.patience = segmenter, stacks, every, patience
+        self.best, self.waited, self.history = np.inf, 0, []  # type: ignore[var-annotated]
+        self.weights: dict[str, Tensor] = {}
+
+    def __call__(self, module: nn.Module, step: int) -> bool:
+        """Look at the student after a step; true ends the training."""
+        if (step + 1) % self.every:
+            return False
+        errors = []
+        for row in range(len(self.stacks)):
+            stack = self.stacks[row]
+            errors.append(float(np.square(self.segmenter.predict_maps(stack[:1])[0] - stack[1:]).mean()))
+        module.train()
+        error = float(np.mean(errors))
+        self.history.append(error)
+        if error < self.best:
+            self.best, self.waited = error, 0
+            state = self.segmenter.module.state_dict()
+            self.weights = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+        else:
+            self.waited += 1
+        return self.waited >= self.patience
+
+    def state_dict(self) -> dict[str, Any]:
+        """State to keep."""
+        return {"best": float(self.best), "waited": self.waited, "weights": self.weights, "history": list(self.history)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take a state that was kept."""
+        self.best, self.waited = state["best"], state["waited"]
+        self.weights, self.history = state["weights"], state["history"]
+
+
+class _Distiller(nn.Module):
+    """Student and loss, so that one optimiser trains both."""
+
+    def __init__(self, student: nn.Module, loss: DistillationLoss) -> None:
+        super().__init__()
+        self.student, self.loss = student, loss
+
+    def forward(self, pixels: Tensor, maps: Tensor, labelled: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.loss(self.student(pixels), maps, labelled)
+
+
+def fit(
+    segmenter: Segmenter,
+    stacks: Stacks,
+    loss: DistillationLoss,
+    *,
+    n_steps: int,
+    batch_size: int,
+    patch_px: int,
+    labelled_share: float,
+    lr: float,
+    weight_decay: float,
+    stopping: EarlyStopping | None,
+    checkpoint: Path | None,
+    checkpoint_every: int,
+    seed: int,
+    description: str,
+) -> None:
+    """Train a student in place.
+
+    Parameters
+    ----------
+    segmenter
+        The student; its ``history`` is set.
+    stacks
+        What it learns from.
+    loss
+        The loss.
+    n_steps, batch_size, patch_px, lr, weight_decay
+        Schedule.
+    labelled_share
+        Share of a batch that is drawn from fields with labels, where there are others too.
+    stopping
+        Ends the training early.
+    checkpoint, checkpoint_every
+        File and number of steps of the state from which an interrupted training goes on.
+    seed
+        Decides patches, their augmentation, and dropout.
+    description
+        Text of the progress bar.
+    """
+    pick = _picker(stacks, batch_size, labelled_share, seed)
+
+    def make(step: int) -> _Batch:
+        rows = pick(step)
+        patches = []
+        for place, row in enumerate(rows):
+            rng = np.random.default_rng([seed, 3, step, place])
+            patches.append(training_patch(stacks[row], 1, patch_px, rng).numpy())
+        return np.stack(patches), np.array([stacks.labelled(row) for row in rows], dtype=np.float32)
+
+    def batch_loss(module: nn.Module, batch: _Batch, device: torch.device) -> tuple[Tensor, dict[str, float | Tensor]]:
+        patches, labelled = (to_device(array, device) for array in batch)
+        pixels = patches[:, :1].contiguous(memory_format=torch.channels_last)
+        return module(pixels, patches[:, 1:], labelled)
+
+    distiller = _Distiller(segmenter.module, loss)
+    keep = None
+    if checkpoint is not None:
+        settings = [repr(segmenter), segmenter.digest, loss.terms, loss.weights is not None, n_steps, batch_size]
+        settings += [patch_px, labelled_share, lr, weight_decay, seed, stacks.fingerprint()]
+        keep = Checkpoint(checkpoint, json.dumps(settings), every=checkpoint_every, extra=stopping)
+    with isolated_rng(seed):
+        segmenter.history = train(
+            distiller, make, batch_loss, n_steps=n_steps, lr=lr, weight_decay=weight_decay,
+            lr_factors={"loss.": _WEIGHTS_FASTER}, after_step=stopping, checkpoint=keep, description=description,
+        )  # fmt: skip
+    if stopping is not None and stopping.weights:
+        segmenter.module.load_state_dict(stopping.weights)
+    segmenter.module.eval().cpu()
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
+
+
+def _picker(stacks: Stacks, batch_size: int, labelled_share: float, seed: int) -> Any:
+    """Rows of each step, each list of fields shown evenly."""
+    taught = np.arange(len(stacks.maps))
+    labelled = np.arange(len(stacks.maps), len(stacks))
+    n_labelled = batch_size if not len(taught) else 0
+    if len(taught) and len(labelled):
+        n_labelled = min(batch_size - 1, max(1, round(labelled_share * batch_size)))
+    parts = []
+    for number, (rows, n) in enumerate([(taught, batch_size - n_labelled), (labelled, n_labelled)]):
+        if n:
+            # Few fields are shown several times in a batch, in windows and light of their own; an epoch of many
+            # batches wastes few of the fields that do not fill its last one.
+            repeated = np.tile(rows, int(np.ceil(_EPOCH_BATCHES * n / len(rows))))
+            parts.append(epoch_batches(repeated, n, seed + number))
+    return lambda step: np.concatenate([part(step) for part in parts])

@@ -1,0 +1,119 @@
+"""What a student is taught with: the teacher's probabilities, its boundaries, labels, weighted by learnt uncertainty."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+TERMS = ("probability", "boundary", "supervised")
+_BOUND = 8.0
+
+
+class UncertaintyWeights(nn.Module):
+    """Weights of the terms of a loss, learnt with the model.
+
+    The total is sum_k exp(-s_k) L_k / 2 + s_k / 2. Its minimum over s_k is at log L_k, so every term counts alike, whatever
+    its scale; a negative total is normal.
+
+    Parameters
+    ----------
+    n_terms
+        Number of terms.
+    bound
+        s_k is held in [-bound, bound], lest it runs away as a term goes to zero.
+
+    References
+    ----------
+    Kendall, Gal and Cipolla 2018, doi 10.1109/CVPR.2018.00781.
+    """
+
+    def __init__(self, n_terms: int, bound: float = _BOUND) -> None:
+        super().__init__()
+        self.log_variance = nn.Parameter(torch.zeros(n_terms))
+        self.bound = bound
+
+    @property
+    def bounded(self) -> Tensor:
+        """s_k, within bounds."""
+        return self.log_variance.clamp(-self.bound, self.bound)
+
+    def forward(self, losses: Tensor) -> Tensor:
+        """Total of losses (n_terms,)."""
+        s = self.bounded
+        return ((torch.exp(-s) * losses + s) / 2).sum()
+
+
+class DistillationLoss(nn.Module):
+    """Loss of maps that a student predicts.
+
+    *probability*: mean squared error of the foreground's probability and the teacher's. *boundary*: mean squared error of the
+    probability of a boundary and the teacher's, whose boundary is that of each object, so that objects that touch stay
+    apart. *supervised*: cross-entropy and soft Dice of both maps with those of the labels, on items with labels. Where
+    ``uncertainty`` is false, terms are added with weights of one.
+
+    Parameters
+    ----------
+    terms
+        Terms to use, of :data:`TERMS`.
+    uncertainty
+        Whether weights are learnt.
+    """
+
+    def __init__(self, terms: Sequence[str] = TERMS, *, uncertainty: bool = True) -> None:
+        super().__init__()
+        unknown = [term for term in terms if term not in TERMS]
+        if unknown or not terms:
+            msg = f"terms={list(terms)}: choose at least one of {list(TERMS)}."
+            raise ValueError(msg)
+        self.terms = tuple(term for term in TERMS if term in terms)
+        self.weights = UncertaintyWeights(len(self.terms)) if uncertainty else None
+
+    def forward(self, logits: Tensor, maps: Tensor, labelled: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Total, and figures to record.
+
+        Parameters
+        ----------
+        logits
+            (B, 2, y, x) of the student.
+        maps
+            (B, 2, y, x) targets: the labels' where ``labelled``, else the teacher's.
+        labelled
+            (B,) 1 for items with labels, 0 for those of the teacher.
+        """
+        logits = logits.float()
+        taught = 1 - labelled
+        probability = logits.sigmoid()
+        figures: dict[str, Tensor] = {}
+        for term in self.terms:
+            if term == "supervised":
+                figures[term] = weighted_mean(cross_entropy_and_dice(logits, maps), labelled)
+            else:
+                row = TERMS.index(term)
+                error = (probability[:, row] - maps[:, row]).square().mean(dim=(1, 2))
+                figures[term] = weighted_mean(error, taught)
+        losses = torch.stack(list(figures.values()))
+        if self.weights is None:
+            return losses.sum(), figures
+        for term, s in zip(self.terms, self.weights.bounded.detach(), strict=True):
+            figures[f"s {term}"] = s
+        return self.weights(losses), figures
+
+
+def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+    """Mean of values (B,) with weights (B,); 0 where all weights are."""
+    return (values * weights).sum() / weights.sum().clamp(min=1e-6)
+
+
+def cross_entropy_and_dice(logits: Tensor, maps: Tensor) -> Tensor:
+    """Cross-entropy plus soft Dice loss of every item, (B,), mean over its maps."""
+    entropy = F.binary_cross_entropy_with_logits(logits, maps, reduction="none").mean(dim=(1, 2, 3))
+    probability = logits.sigmoid()
+    overlap = 2 * (probability * maps).sum(dim=(2, 3)) + 1
+    dice = overlap / (probability.sum(dim=(2, 3)) + maps.sum(dim=(2, 3)) + 1)
+    return entropy + (1 - dice).mean(dim=1)

@@ -1,0 +1,273 @@
+"""A trained student: from one channel to objects; saved as other models of the package are."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from histoniche._compute import make_fabric
+from histoniche.models._directory import read_directory, write_directory
+
+from ._augment import padded
+from ._fields import STRETCH
+from ._instances import instances
+from ._students import DECODER_CHANNELS, STUDENTS, build_student, count_parameters
+from ._targets import OUTPUTS
+
+if TYPE_CHECKING:
+    from ._fields import Field
+
+_STRIDE = 32
+_FIGURES = ("dice", "boundary_f", "ap50", "pq")
+
+
+@dataclass
+class SegmenterConfig:
+    """What a student is made of, and the images that it must be given.
+
+    Attributes
+    ----------
+    encoder
+        Name of the student, or of a timm model.
+    channel
+        Channel that it sees.
+    um_per_px
+        Resolution that it was trained at; ``None`` where that is unknown.
+    stretch
+        Percentiles of the image that become 0 and 1.
+    decoder_channels
+        Widths of the decoder.
+    outputs
+        Maps that it predicts.
+    threshold, min_distance, smoothing, min_area
+        How objects are made of the maps, see :func:`histoniche.seg.instances`.
+    teacher
+        Name and licence of the teacher; empty without one.
+    training
+        Settings of the training, and figures measured, for the model card.
+    """
+
+    encoder: str
+    channel: str
+    um_per_px: float | None = None
+    stretch: list[float] = field(default_factory=lambda: list(STRETCH))
+    decoder_channels: list[int] = field(default_factory=lambda: list(DECODER_CHANNELS))
+    outputs: list[str] = field(default_factory=lambda: list(OUTPUTS))
+    threshold: float = 0.5
+    min_distance: int = 3
+    smoothing: float = 1.0
+    min_area: int = 16
+    teacher: dict[str, str] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+class Segmenter:
+    """A student that segments one channel.
+
+    Parameters
+    ----------
+    config
+        Configuration.
+    pretrained
+        Whether the encoder starts from ImageNet weights; an error where they cannot be had.
+    weights
+        Local file with the encoder's weights, instead of the hub's.
+    seed
+        Seed of the weights that are drawn.
+
+    Attributes
+    ----------
+    config
+        Configuration.
+    module
+        The torch module: (B, 1, y, x) in 0 to 1, y and x multiples of 32, to logits (B, 2, y, x).
+    history
+        Figures of the training, one list per figure and one value per step; empty after loading.
+    """
+
+    def __init__(
+        self,
+        config: SegmenterConfig,
+        *,
+        pretrained: bool = False,
+        weights: str | Path | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.config = config
+        self.history: dict[str, list[float]] = {}
+        self.module: nn.Module = (
+            build_student(
+                config.encoder, pretrained=pretrained, weights=weights,
+                decoder_channels=tuple(config.decoder_channels), seed=seed,
+            )
+            .to(memory_format=torch.channels_last)
+            .eval()
+        )  # fmt: skip
+
+    def __repr__(self) -> str:
+        """One line: encoder, channel, resolution, parameters."""
+        c = self.config
+        scale = "unknown um/px" if c.um_per_px is None else f"{c.um_per_px:.3g} um/px"
+        return f"Segmenter({c.encoder!r}, channel={c.channel!r}, {scale}, {self.n_parameters / 1e6:.1f} M parameters)"
+
+    @property
+    def n_parameters(self) -> int:
+        """Number of parameters."""
+        return count_parameters(self.module)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all weights, first 16 hexadecimal digits."""
+        sha = hashlib.sha256()
+        for name, tensor in sorted(self.module.state_dict().items()):
+            sha.update(name.encode())
+            sha.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return sha.hexdigest()[:16]
+
+    @torch.inference_mode()
+    def predict_maps(self, pixels: np.ndarray) -> np.ndarray:
+        """Probability maps of images in memory.
+
+        Parameters
+        ----------
+        pixels
+            (B, y, x) float32, the channel stretched to 0 to 1.
+
+        Returns
+        -------
+        (B, 2, y, x) float32: foreground and boundary.
+        """
+        fabric = make_fabric()
+        module = self.module.to(fabric.device).eval()
+        x = torch.from_numpy(np.ascontiguousarray(pixels, dtype=np.float32))[:, None].to(fabric.device)
+        with fabric.autocast():
+            logits: Tensor = module(padded(x, _STRIDE).contiguous(memory_format=torch.channels_last))
+        return logits.float().sigmoid()[..., : x.shape[-2], : x.shape[-1]].cpu().numpy()
+
+    def predict(self, item: Field) -> np.ndarray:
+        """Objects of a field that fits into memory; whole slides are for :func:`histoniche.seg.segment`.
+
+        Parameters
+        ----------
+        item
+            Field with the channel of the configuration.
+
+        Returns
+        -------
+        (y, x) int32: 0 is background.
+
+        Raises
+        ------
+        KeyError
+            The field has no such channel.
+        ValueError
+            Its um/px is not that of the student.
+        """
+        check_scale(self.config.um_per_px, item.um_per_px, f"field {item.name!r}")
+        return self.instances(self.predict_maps(item.read([self.config.channel]))[0])
+
+    def instances(self, maps: np.ndarray) -> np.ndarray:
+        """Objects of maps (2, y, x), with the settings of the configuration: (y, x) int32."""
+        c = self.config
+        return instances(
+            maps, threshold=c.threshold, min_distance=c.min_distance, smoothing=c.smoothing, min_area=c.min_area
+        )
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write ``config.json``, ``model.safetensors`` and ``README.md`` (the model card) to a directory.
+
+        Parameters
+        ----------
+        path
+            Directory, made where it does not exist.
+        overwrite
+            Whether a model that lies there is replaced.
+
+        Raises
+        ------
+        FileExistsError
+            The directory holds a model and ``overwrite`` is false, or holds something else.
+        """
+        config = {"class": type(self).__name__, "weights_sha256": self.digest, **asdict(self.config)}
+        write_directory(Path(path), config, self.module.state_dict(), self.card(), overwrite=overwrite)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Segmenter:
+        """Read a model directory; executes no code from it.
+
+        Parameters
+        ----------
+        path
+            Directory that :meth:`save` wrote.
+
+        Returns
+        -------
+        The student.
+
+        Raises
+        ------
+        FileNotFoundError
+            The directory or one of its files is missing.
+        ValueError
+            The files are damaged, do not belong together, or hold another class.
+        """
+        path = Path(path)
+        config, weights = read_directory(path, cls.__name__)
+        sha = config.pop("weights_sha256", None)
+        try:
+            known = {name: config[name] for name in SegmenterConfig.__dataclass_fields__}
+            model = cls(SegmenterConfig(**known))
+            model.module.load_state_dict(weights)
+        except (KeyError, TypeError, RuntimeError) as error:
+            msg = f"Model directory {str(path)!r} is damaged: its configuration does not fit its weights ({error})."
+            raise ValueError(msg) from error
+        if model.digest != sha:
+            msg = f"Model directory {str(path)!r} is damaged: weights and config.json do not belong together."
+            raise ValueError(msg)
+        return model
+
+    def card(self) -> str:
+        """Model card, in Markdown."""
+        c = self.config
+        paper = f" (the paper's {c.encoder}: {STUDENTS[c.encoder][1]:g} M)" if c.encoder in STUDENTS else ""
+        lines = [
+            "# Segmentation student",
+            "",
+            f"Segments channel `{c.channel}` into objects: U-Net over `{c.encoder}`, {self.n_parameters / 1e6:.2f} M parameters{paper}.",
+            "",
+            f"- resolution: {'unknown' if c.um_per_px is None else f'{c.um_per_px:g} um/px'}",
+            f"- values: percentiles {c.stretch[0]:g} and {c.stretch[1]:g} of the image become 0 and 1",
+            f"- maps: {', '.join(c.outputs)}",
+        ]
+        if c.teacher:
+            lines += [
+                f"- teacher: {c.teacher['name']}; its licence, **{c.teacher['licence']}**, may reach this student",
+            ]
+        lines += ["", "## Training", ""]
+        lines += [f"- {name}: {value}" for name, value in c.training.items()] or ["Not recorded."]
+        return "\n".join(lines) + "\n"
+
+
+def check_scale(expected: float | None, found: float | None, what: str, *, most: float = 1.5) -> None:
+    """Refuse images whose um/px is more than ``most`` times finer or coarser than what a model was trained at."""
+    if expected is None or found is None:
+        if (expected is None) != (found is None):
+            msg = (
+                f"{what} has um/px {found}, the student was trained at {expected}: where only one is known, objects may have "
+                "any size. Give um_per_px, or None for both."
+            )
+            raise ValueError(msg)
+        return
+    ratio = max(expected / found, found / expected)
+    if ratio > most:
+        msg = (
+            f"{what} has {found:.4g} um/px, the student was trained at {expected:.4g}: {ratio:.2f} times apart, more than "
+            f"{most:g}. Resample the image to the student's resolution."
+        )
+        raise ValueError(msg)

@@ -1,0 +1,101 @@
+"""A teacher tuned on labels, so that it needs no prompt."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from histoniche._random import isolated_rng
+from histoniche.seg import Field
+from histoniche.seg.teachers import LiteMedSAM, PromptedTeacher, Prompts, SemanticTeacher, tune
+from histoniche.seg.teachers._sam import digest
+from histoniche.seg.teachers._semantic import DenseDecoder
+
+
+class Tiny(PromptedTeacher):
+    """A teacher of the SAM family with one layer."""
+
+    def __init__(self, channels: tuple[str | None, ...] = ("DAPI", "membrane")) -> None:
+        with isolated_rng(0):
+            module = nn.Conv2d(3, 6, 4, stride=4)
+        super().__init__(
+            module, channels, prompts=Prompts(), name="tiny", licence="CC0", input_px=64, gamma=1.0
+        )  # fmt: skip
+
+    def normalise(self, rgb: Tensor) -> Tensor:
+        return rgb * 2
+
+    def encode(self, rgb: Tensor) -> Tensor:
+        return self.module(rgb)
+
+    def decode(self, embedding: Tensor, prompts: Tensor, *, boxes: bool) -> tuple[Tensor, Tensor]:
+        raise AssertionError
+
+
+def blobs(seed: int, shape: tuple[int, int] = (64, 64)) -> Field:
+    rng = np.random.default_rng(seed)
+    labels = np.zeros(shape, dtype=np.int32)
+    for k in range(1, 6):
+        y, x = rng.integers(0, shape[0] - 12), rng.integers(0, shape[1] - 12)
+        labels[y : y + 12, x : x + 12] = k
+    image = np.stack([(labels > 0) * 90 + rng.integers(0, 20, shape), rng.integers(0, 100, shape)]).astype(np.uint8)
+    return Field(f"blobs{seed}", image, ("DAPI", "membrane"), labels, 0.5)
+
+
+def test_tuning_learns_the_foreground_and_leaves_the_teacher_alone() -> None:
+    base = Tiny()
+    before = digest(base.module)
+    state = torch.get_rng_state()
+    teacher = tune([blobs(s) for s in range(4)], teacher=base, n_steps=80, patch_px=64, lr=1e-2)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert digest(base.module) == before
+    assert not any(p.requires_grad for p in teacher.decoder.parameters())
+    item = blobs(9)
+    found, truth = teacher(item).maps[0] > 0.5, item.read_labels() > 0
+    assert 2 * (found & truth).sum() / (found.sum() + truth.sum()) > 0.85
+    again = tune([blobs(s) for s in range(4)], teacher=base, n_steps=80, patch_px=64, lr=1e-2)
+    assert again.fingerprint == teacher.fingerprint
+    other = tune([blobs(s) for s in range(4)], teacher=base, n_steps=1, patch_px=64)
+    assert other.fingerprint != teacher.fingerprint
+
+
+def test_fields_of_another_shape_are_scaled_and_their_padding_cut_off() -> None:
+    base = Tiny()
+    decoder = DenseDecoder(6).eval()
+    teacher = SemanticTeacher(base, decoder)
+    item = blobs(1, (32, 48))
+    output = teacher(item, features=True)
+    assert output.maps.shape == (2, 32, 48)
+    assert output.features["embedding"].shape == (6, 16, 16)
+    pixels = item.read(["DAPI", "membrane"])
+    rgb = torch.from_numpy(np.concatenate([pixels, pixels.mean(0, keepdims=True)]))[None]
+    rgb = F.pad(F.interpolate(rgb, size=(43, 64), mode="bilinear") * 2, (0, 0, 0, 21))
+    with torch.no_grad():
+        # The decoder's map has half the size of the input: 43 rows of it are 22 of the map.
+        logits: Tensor = decoder(base.module(rgb))[..., :22, :32]
+    wanted = F.interpolate(logits, size=(32, 48), mode="bilinear", align_corners=False).sigmoid()[0].numpy()
+    np.testing.assert_allclose(output.maps, wanted, atol=1e-6)
+
+
+def test_litemedsam_gets_a_decoder() -> None:
+    item = blobs(3)
+    teacher = tune([item], teacher=LiteMedSAM(["DAPI"]), n_steps=2, batch_size=2, n_views=1, patch_px=64)
+    assert teacher.name == "litemedsam-tuned"
+    assert teacher.licence == "Apache-2.0"
+    assert teacher(item).maps.shape == (2, 64, 64)
+
+
+def test_bad_input() -> None:
+    with pytest.raises(ValueError, match="given 0 fields"):
+        tune([], teacher=Tiny())
+    with pytest.raises(ValueError, match="n_views=0"):
+        tune([blobs(0)], teacher=Tiny(), n_views=0)
+    with pytest.raises(ValueError, match="has no labels"):
+        tune([replace(blobs(0), labels=None)], teacher=Tiny(), n_steps=1)
+    with pytest.raises(KeyError, match="no channel 'CD45'"):
+        tune([blobs(0)], teacher=Tiny(("CD45",)), n_steps=1)

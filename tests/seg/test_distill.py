@@ -1,0 +1,171 @@
+"""Distillation and training on labels: what is learnt, what decides the result, what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from histoniche.seg import Field, Segmenter, distill, finetune, maps_of_labels, metrics
+from histoniche.seg.teachers import CallableTeacher, Output
+
+SMALL: dict[str, Any] = {
+    "channel": "DAPI", "student": "mobilenetv3-small", "pretrained": False, "batch_size": 4, "patch_px": 64,
+    "lr": 1e-2,
+}  # fmt: skip
+
+
+class Knowing:
+    """A teacher that knows the labels."""
+
+    name, licence, fingerprint = "knowing", "CC0", "1"
+
+    def __call__(self, item: Field, *, features: bool = False) -> Output:
+        return Output(maps_of_labels(item.read_labels()))
+
+
+def _same(first: Segmenter, second: Segmenter) -> bool:
+    return first.digest == second.digest and first.history == second.history
+
+
+def _dice(model: Segmenter, fields: list[Field]) -> float:
+    return float(np.mean([metrics.dice(model.predict(item), item.read_labels()) for item in fields]))
+
+
+def test_a_student_learns_from_a_teacher_without_labels(fields: list[Field]) -> None:
+    model = distill(fields[:4], teacher=Knowing(), n_steps=60, **SMALL)
+    assert model.config.teacher == {"name": "knowing", "licence": "CC0"}
+    assert set(model.history) == {"loss", "probability", "boundary", "s probability", "s boundary"}
+    assert model.history["probability"][-1] < 0.3 * model.history["probability"][0]
+    assert model.history["s probability"][-1] < -0.5  # the weights are learnt
+    assert _dice(model, fields[4:]) > 0.8
+
+
+def test_labels_alone(fields: list[Field]) -> None:
+    model = finetune(fields[:4], n_steps=60, **SMALL)
+    assert model.config.teacher == {}
+    assert _dice(model, fields[4:]) > 0.8
+
+
+def test_same_seed_same_student_and_no_global_state(fields: list[Field]) -> None:
+    state = torch.get_rng_state()
+    one, two, other = (
+        distill(fields[:2], teacher=Knowing(), labelled=fields[2:4], n_steps=4, seed=seed, **SMALL)
+        for seed in (3, 3, 4)
+    )
+    assert _same(one, two)
+    assert one.digest != other.digest
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_terms_can_be_switched(fields: list[Field]) -> None:
+    model = distill(
+        fields[:2], teacher=Knowing(), labelled=fields[2:3], terms=("supervised", "probability"), uncertainty=False,
+        n_steps=2, **SMALL,
+    )  # fmt: skip
+    assert set(model.history) == {"loss", "probability", "supervised"}
+    np.testing.assert_allclose(
+        model.history["loss"], np.add(model.history["probability"], model.history["supervised"]), rtol=1e-5
+    )
+
+
+def test_hard_pseudo_labels(fields: list[Field]) -> None:
+    half = CallableTeacher(lambda pixels: np.full(pixels.shape[1:], 0.4), ["DAPI"], name="half", fingerprint="1")
+    soft = distill(fields[:2], teacher=half, terms=("probability",), n_steps=1, **SMALL)
+    hard = distill(fields[:2], teacher=half, terms=("probability",), hard=True, n_steps=1, **SMALL)
+    assert soft.config.training["hard"] is False
+    assert soft.history["probability"] != hard.history["probability"]
+
+
+def test_interrupted_distillation_goes_on_bit_for_bit(
+    fields: list[Field], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = {"teacher": Knowing(), "labelled": fields[3:4], "validation": fields[4:5], "n_steps": 12, **SMALL}
+    whole = distill(fields[:3], **arguments)
+    path = tmp_path / "state.pt"
+    from histoniche.seg import _fit
+
+    original, calls = _fit.training_patch, []
+
+    def failing(*args: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) > 4 * 9:
+            msg = "killed"
+            raise RuntimeError(msg)
+        return original(*args)
+
+    monkeypatch.setattr(_fit, "training_patch", failing)
+    with pytest.raises(RuntimeError, match="killed"):
+        distill(fields[:3], checkpoint=path, checkpoint_every=3, **arguments)
+    assert path.exists()
+    monkeypatch.setattr(_fit, "training_patch", original)
+    resumed = distill(fields[:3], checkpoint=path, checkpoint_every=3, **arguments)
+    assert _same(whole, resumed)
+    assert not path.exists()
+
+
+def test_another_distillations_checkpoint_is_refused(fields: list[Field], tmp_path: Path) -> None:
+    path = tmp_path / "state.pt"
+    from histoniche.models._checkpoint import Checkpoint
+
+    Checkpoint(path, "other").save(1, torch.nn.Linear(1, 1), {})
+    with pytest.raises(ValueError, match="belongs to another training"):
+        finetune(fields[:1], checkpoint=path, n_steps=2, **SMALL)
+
+
+def test_early_stopping_returns_the_best_step(fields: list[Field]) -> None:
+    wrong = replace(fields[5], labels=(fields[5].read_labels() == 0).astype(np.int32))
+    model = finetune(fields[:2], validation=[wrong], patience=2, n_steps=60, **SMALL)
+    # The validation labels are turned upside down: the better the student, the worse it looks, so it stops soon.
+    assert len(model.history["loss"]) < 60
+
+
+def test_a_student_can_be_trained_on_and_stays_as_it_was(fields: list[Field]) -> None:
+    first = finetune(fields[:2], n_steps=2, **SMALL)
+    before = first.digest
+    options = {**SMALL, "student": first}
+    second = finetune(fields[2:4], n_steps=2, **options)
+    assert first.digest == before != second.digest
+    with pytest.raises(ValueError, match=r"channel='membrane', but the student was trained on 'DAPI'"):
+        finetune(fields[:2], n_steps=2, **{**options, "channel": "membrane"})
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"channel": "GFP"}, KeyError, r"has no channel 'GFP'; it has \['DAPI', 'membrane'\]"),
+        ({"channel": None}, ValueError, "name the student's with channel="),
+        ({"patch_px": 50}, ValueError, "patch_px=50 must be a multiple of 32"),
+        ({"patch_px": 128}, ValueError, "96 x 96 px, smaller than a patch"),
+        ({"n_steps": 0}, ValueError, "n_steps=0 at least 1"),
+        ({"batch_size": 1}, ValueError, "batch_size=1 at least 2"),
+        ({"student": "no_such_net"}, ValueError, "encoder='no_such_net' is unknown"),
+    ],
+)
+def test_bad_settings(fields: list[Field], change: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        finetune(fields[:2], **{"n_steps": 1, **SMALL, **change})
+
+
+def test_bad_fields(fields: list[Field]) -> None:
+    good, options = fields[0], {"n_steps": 1, **SMALL}
+    for labels, which in ((np.zeros((96, 96), np.int32), "no"), (np.ones((96, 96), np.int32), "all")):
+        with pytest.raises(ValueError, match=rf"'nuclei0': its labels have one class only \({which} foreground\)"):
+            finetune([replace(good, labels=labels)], **options)
+    with pytest.raises(ValueError, match="'nuclei0' has no labels"):
+        finetune([good.without_labels()], **options)
+    with pytest.raises(ValueError, match="was given no fields"):
+        finetune([], **options)
+    with pytest.raises(ValueError, match="nothing to segment"):
+        distill([], teacher=Knowing(), **options)
+    with pytest.raises(
+        ValueError, match=r"field 'coarse' has 1 um/px, the student was trained at 0.5: 2.00 times apart"
+    ):
+        finetune([good, replace(fields[1], um_per_px=1.0, name="coarse")], **options)
+    flat = replace(good, image=np.full_like(good.image, 255))
+    with pytest.raises(ValueError, match=r"channel 'DAPI' is constant .*empty or saturated"):
+        finetune([flat], **options)

@@ -1,0 +1,103 @@
+"""Losses of segmentation students: values, gradients, learnt weights."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from histoniche.seg import DistillationLoss, UncertaintyWeights
+from histoniche.seg._losses import TERMS, cross_entropy_and_dice
+
+
+def _inputs(seed: int = 0, n: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rng = np.random.default_rng(seed)
+    logits = torch.from_numpy(rng.normal(size=(n, 2, 6, 5)))
+    maps = torch.from_numpy(rng.random((n, 2, 6, 5)))
+    return logits, maps, torch.tensor([0.0, 1.0, 0.0, 1.0], dtype=torch.float64)[:n]
+
+
+def test_terms_against_plain_numpy() -> None:
+    logits, maps, labelled = _inputs()
+    _, figures = DistillationLoss(uncertainty=False)(logits.float(), maps.float(), labelled.float())
+    p, t = 1 / (1 + np.exp(-logits.numpy())), maps.numpy()
+    for row, term in enumerate(("probability", "boundary")):
+        wanted = np.mean([np.mean((p[i, row] - t[i, row]) ** 2) for i in (0, 2)])
+        assert float(figures[term]) == pytest.approx(wanted, rel=1e-5)
+    supervised = []
+    for i in (1, 3):
+        entropy = -np.mean(t[i] * np.log(p[i]) + (1 - t[i]) * np.log(1 - p[i]))
+        dice = [(2 * (p[i, k] * t[i, k]).sum() + 1) / (p[i, k].sum() + t[i, k].sum() + 1) for k in (0, 1)]
+        supervised.append(entropy + 1 - np.mean(dice))
+    assert float(figures["supervised"]) == pytest.approx(np.mean(supervised), rel=1e-5)
+
+
+@pytest.mark.parametrize("terms", [*[(term,) for term in TERMS], TERMS])
+@pytest.mark.parametrize("uncertainty", [False, True])
+def test_gradients(terms: tuple[str, ...], uncertainty: bool) -> None:
+    loss = DistillationLoss(terms, uncertainty=uncertainty).double()
+    logits, maps, labelled = _inputs(1)
+    # The loss computes in float32, as training does: the gradient is compared at that precision.
+    logits.requires_grad_()
+    loss(logits, maps, labelled)[0].backward()
+    rng = np.random.default_rng(2)
+    direction = torch.from_numpy(rng.normal(size=logits.shape))
+    step = 1e-2
+    with torch.no_grad():
+        up, down = (loss(logits + sign * step * direction, maps, labelled)[0].double() for sign in (1, -1))
+    numeric = float(up - down) / (2 * step)
+    assert float((logits.grad * direction).sum()) == pytest.approx(numeric, rel=2e-2, abs=1e-4)
+
+
+def test_gradient_of_the_supervised_loss_in_double_precision() -> None:
+    logits, maps, _ = _inputs(3, n=2)
+    logits.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: cross_entropy_and_dice(x, maps), (logits,))
+
+
+def test_perfect_prediction_is_the_minimum() -> None:
+    maps = (torch.rand(2, 2, 8, 8, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+    loss = DistillationLoss(uncertainty=False)
+    labelled = torch.tensor([0.0, 1.0])
+    total, _ = loss((maps * 2 - 1) * 30, maps, labelled)
+    assert float(total) == pytest.approx(0, abs=1e-4)
+    worse, _ = loss((maps * 2 - 1) * -30, maps, labelled)
+    assert float(worse) > 2
+
+
+def test_an_absent_kind_of_items_adds_nothing() -> None:
+    logits, maps, _ = _inputs()
+    nobody = torch.zeros(4)
+    _, figures = DistillationLoss(uncertainty=False)(logits, maps, nobody)
+    assert float(figures["supervised"]) == 0
+    assert float(figures["probability"]) > 0
+
+
+def test_uncertainty_weights_find_the_logarithm_of_the_losses() -> None:
+    losses = torch.tensor([0.02, 1.5, 0.3])
+    weights = UncertaintyWeights(3)
+    optimizer = torch.optim.Adam(weights.parameters(), lr=0.05)
+    for _ in range(600):
+        optimizer.zero_grad()
+        weights(losses).backward()
+        optimizer.step()
+    np.testing.assert_allclose(weights.bounded.detach().numpy(), np.log(losses.numpy()), atol=0.01)
+    wanted = sum((np.exp(-s) * x + s) / 2 for s, x in zip(np.log(losses.numpy()), losses.numpy(), strict=True))
+    assert float(weights(losses).detach()) == pytest.approx(float(wanted), abs=1e-3)
+
+
+def test_uncertainty_weights_are_bounded_and_logged() -> None:
+    loss = DistillationLoss(("probability",))
+    assert loss.weights is not None
+    with torch.no_grad():
+        loss.weights.log_variance.fill_(-50)
+    logits, maps, labelled = _inputs()
+    total, figures = loss(logits, maps, labelled)
+    assert float(figures["s probability"]) == -8
+    assert torch.isfinite(total)
+
+
+@pytest.mark.parametrize("terms", [(), ("probability", "colour")])
+def test_unknown_terms(terms: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match="choose at least one of"):
+        DistillationLoss(terms)
