@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -109,3 +109,124 @@ def draw(out: Path, folder: Path, *, student: str, n_labelled: int, n_steps: int
             split.held_out["test"][:2], segmentations=shown, channels=[split.channel], differences="student"
         )
         figure.savefig(folder / f"{data}.png", dpi=110)
+
+
+def write(out: Path, docs: Path, *, settings: dict[str, Any]) -> None:
+    """Write page, figures and pictures of the runs that are there."""
+    teachers = {data: json.loads((out / data / "teacher.json").read_text()) for data in _NAMES}
+    table = summary(load_runs(out, "test"), teachers)
+    n_labelled, n_steps, control = settings["n_labelled"], settings["n_steps"], settings["control"]
+    figures = flat(table, teachers, n_labelled=n_labelled, n_steps=n_steps)
+    cost = json.loads((out / "cost.json").read_text()) if (out / "cost.json").exists() else {}
+    (docs / "seg_cross_modal.json").write_text(json.dumps({**figures, **cost}, indent=1) + "\n")
+    draw(out, docs / "seg_cross_modal", student=control, n_labelled=n_labelled, n_steps=n_steps)
+    lines = [*_head(out, settings)]
+    for data, name in _NAMES.items():
+        lines += _section(data, name, table, teachers[data], settings)
+    lines += _cost(cost)
+    (docs / "seg_cross_modal.md").write_text("\n".join(lines) + "\n")
+
+
+def _head(out: Path, settings: dict[str, Any]) -> list[str]:
+    fields = {data: json.loads((out / data / "split.json").read_text()) for data in _NAMES}
+    counts = {data: {part: len(about[part]) for part in ("transfer", "test")} for data, about in fields.items()}
+    return [
+        "# Segmentation: one channel taught by more",
+        "",
+        "A frozen teacher segments images with all that it can see; a student sees the nuclear channel alone. Does it learn more from",
+        "the teacher's maps of unlabelled patches than from a few labelled patches alone? Made by",
+        "",
+        "```bash",
+        "python benchmarks/seg_cross_modal.py DATA --out RUNS --jobs 2",
+        "```",
+        "",
+        "How to read it. Every arm of a table has the same student, started from random weights (no ImageNet weights can be had offline),",
+        f"the same {settings['n_steps']} steps of {settings['batch_size']} patches of {settings['patch_px']} px, augmentation and learning rate; the rate was chosen on",
+        "validation images, for all arms alike. *No distillation* learns "
+        f"{settings['n_labelled']} labelled patches; *distilled* learns the teacher's maps of all transfer patches",
+        "and the same labelled patches. Figures are means over held-out images, then mean ± SD over seeds, each with labelled patches of its",
+        "own. *Gap closed* is the gain in Dice over the gap between no distillation and the teacher; *ratio* is Dice over the teacher's.",
+        "HD95 counts an image in which nothing is found with its diagonal.",
+        "",
+        f"- **BBBC038** (fluorescence images, nuclei): {counts['bbbc038']['transfer']} transfer patches, {counts['bbbc038']['test']} test images (256 px), split by image. The teacher is",
+        "  LiteMedSAM as it comes, never trained on these images, on patches enlarged twice, asked by the box of every nucleus: an *oracle*, on",
+        "  transfer patches too. Boxes are weak labels, so transfer patches are not unlabelled for the teacher, only for the student.",
+        f"- **Xenium pancreas** (whole cells, the vendor's polygons): {counts['pancreas']['transfer']} transfer patches, {counts['pancreas']['test']} test fields (109 um), from separate parts of the section.",
+        "  The teacher sees DAPI, boundary and 18S: LiteMedSAM's frozen image encoder with a decoder trained on 64 labelled patches of a",
+        "  third part, without prompts. The student sees DAPI. The part the teacher was tuned on holds neither transfer nor test patches.",
+        "",
+    ]
+
+
+_HEADER = "| Dice | boundary F | AP50 | HD95 ({unit}) | gap closed | ratio |"
+
+
+def _table(entries: pd.DataFrame, labels: dict[str, str], unit: str) -> list[str]:
+    titles = " | ".join(labels.values())
+    head = f"| {titles} " + _HEADER.format(unit=unit)
+    return [head, "|" + " --- |" * (len(labels) + 6), *rows(entries, list(labels))]
+
+
+def _section(
+    data: str, name: str, table: pd.DataFrame, reached: dict[str, dict[str, float]], settings: dict[str, Any]
+) -> list[str]:
+    n, steps, control, unit = settings["n_labelled"], settings["n_steps"], settings["control"], _UNITS[data]
+    mine = table[table["data"] == data].copy()
+    order = {arm: i for i, arm in enumerate(["no_kd", *settings["arms"]])}
+    mine["arm number"] = mine["arm"].map(order)
+    mine = mine.sort_values(["n_steps", "n_labelled", "arm number"])
+    mine["name"] = mine["arm"].map(lambda arm: "no distillation" if arm == "no_kd" else settings["names"][arm])
+    main = mine[(mine["n_labelled"] == n) & (mine["n_steps"] == steps)]
+    lines = [f"## {name}", ""]
+    for label, figures in reached.items():
+        values = ", ".join(
+            f"{title} {figures[key]:.3f}"
+            for key, title in (("dice", "Dice"), ("boundary_f", "boundary F"), ("ap50", "AP50"))
+        )
+        lines.append(f"{label.capitalize()}: {values}, HD95 {figures['hausdorff95']:.1f} {unit}.")
+    ranks = {student: i for i, student in enumerate(settings["students"])}
+    students = main[main["arm"].isin(["no_kd", "kd"])].sort_values(
+        ["student", "arm number"], key=lambda c: c.map(ranks) if c.name == "student" else c
+    )
+    labels = {"student": "student", "name": "arm", "seeds": "seeds"}
+    lines += ["", f"### Students, {n} labelled patches", "", *_table(students, labels, unit), ""]
+    picture = f"seg_cross_modal/{data}.png"
+    lines += [f"![Two held-out fields: teacher, {control} without and with distillation, truth]({picture})", ""]
+    controls = main[main["student"] == control]
+    if len(controls) > 2:
+        lines += [
+            f"### Ablations and controls ({control})",
+            "",
+            *_table(controls, {"name": "arm", "seeds": "seeds"}, unit),
+            "",
+        ]
+    few = mine[(mine["student"] == control) & (mine["n_steps"] == steps) & mine["arm"].isin(["no_kd", "kd"])]
+    if few["n_labelled"].nunique() > 1:
+        lines += [f"### Number of labelled patches ({control})", ""]
+        lines += [*_table(few, {"n_labelled": "labelled", "name": "arm", "seeds": "seeds"}, unit), ""]
+    long = mine[(mine["student"] == control) & (mine["n_labelled"] == n) & mine["arm"].isin(["no_kd", "kd"])]
+    if long["n_steps"].nunique() > 1:
+        lines += [f"### Length of the schedule ({control})", ""]
+        lines += [*_table(long, {"n_steps": "steps", "name": "arm", "seeds": "seeds"}, unit), ""]
+    return lines
+
+
+def _cost(cost: dict[str, float]) -> list[str]:
+    if not cost:
+        return []
+    names = [key.split(".")[1] for key in cost if key.endswith(".parameters_m")]
+    lines = [
+        "## Cost", "",
+        "One thread of a CPU, images of 256 px, all in one run. The teacher's figure is its image encoder alone: every box it is asked",
+        "by costs as much again as a fraction of it. No GPU could be had.", "",
+        "| model | parameters (M) | Mpx/s | Mpx/s, ONNX Runtime | times the teacher's encoder |",
+        "| --- | --- | --- | --- | --- |",
+    ]  # fmt: skip
+    for name in names:
+        onnx = cost.get(f"cost.{name}.onnx_mpx_s")
+        lines.append(
+            f"| {name} | {cost[f'cost.{name}.parameters_m']:.2f} | {cost[f'cost.{name}.mpx_s']:.3f} | "
+            f"{'' if onnx is None else f'{onnx:.3f}'} | {cost[f'cost.{name}.mpx_s'] / cost['cost.teacher.mpx_s']:.1f} |"
+        )
+    box = cost["cost.teacher.s_per_box"]
+    return [*lines, "", f"A box costs the teacher {box:.2f} s more.", ""]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -19,11 +20,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from _seg_data import PATCH, SPLITS, load_split, save_split, teacher_maps
+from _seg_data import PATCH, SPLITS, TEST, load_split, save_split, teacher_maps
+from _seg_page import write
 
 from histoniche import seg, settings
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from _seg_data import Split
 
     from histoniche.seg import Field, Segmenter
@@ -80,7 +84,7 @@ def runs(seeds: tuple[int, ...]) -> list[Run]:
     ]  # fmt: skip
     schedules = [
         Run(data, arm, n_steps=n, seed=seed)
-        for seed in seeds for n in (N_STEPS // 2, N_STEPS * 3) for data in SPLITS for arm in ("no_kd", "kd")
+        for seed in seeds for n in (N_STEPS // 2, N_STEPS * 2) for data in SPLITS for arm in ("no_kd", "kd")
     ]  # fmt: skip
     return [*table, *controls, *labels, *schedules]
 
@@ -153,6 +157,55 @@ def one_run(run: Run, out: Path, part: str) -> str:
     return run.file
 
 
+def measure_cost(out: Path) -> None:
+    """Parameters and megapixels a second of teacher and students, on one thread, in one run."""
+    import tempfile
+
+    import onnxruntime
+    import torch
+
+    torch.set_num_threads(1)
+    image = np.random.default_rng(0).random((1, TEST, TEST), dtype=np.float32)
+    mpx = TEST * TEST / 1e6
+    teacher = seg.teachers.LiteMedSAM(["DNA"])
+    figures = {
+        "cost.teacher.parameters_m": count(teacher.module),
+        "cost.teacher.mpx_s": mpx / seconds(lambda: teacher.embed(image)),
+    }
+    embedding, _ = teacher.embed(image)
+    box = torch.tensor([[50.0, 50.0, 90.0, 90.0]])
+    with torch.inference_mode():
+        figures["cost.teacher.s_per_box"] = seconds(lambda: teacher.decode(embedding, box, boxes=True))
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    for name in STUDENTS:
+        student = seg.Segmenter(seg.SegmenterConfig(encoder=name, channel="DNA"))
+        figures[f"cost.{name}.parameters_m"] = count(student.module)
+        figures[f"cost.{name}.mpx_s"] = mpx / seconds(lambda model=student: model.predict_maps(image))
+        with tempfile.TemporaryDirectory() as folder:
+            path = seg.export_onnx(student, Path(folder) / "student.onnx")
+            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            feed = {session.get_inputs()[0].name: image[None]}
+            figures[f"cost.{name}.onnx_mpx_s"] = mpx / seconds(lambda s=session, f=feed: s.run(None, f))
+    (out / "cost.json").write_text(json.dumps({name: round(value, 4) for name, value in figures.items()}, indent=1))
+
+
+def count(module: Any) -> float:
+    """Millions of parameters."""
+    return sum(parameter.numel() for parameter in module.parameters()) / 1e6
+
+
+def seconds(call: Callable[[], Any], *, repeats: int = 5) -> float:
+    """Shortest of several calls, after one to warm up."""
+    call()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -172,6 +225,22 @@ def main() -> None:
         done = [pool.submit(one_run, run, args.out, part) for run in wanted]
         for number, future in enumerate(done, 1):
             print(f"{number}/{len(wanted)} {future.result()}", flush=True)
+    if not args.validation:
+        if not (args.out / "cost.json").exists():
+            measure_cost(args.out)
+        page(args.out)
+
+
+def page(out: Path) -> None:
+    """Write what the runs show."""
+    write(
+        out, DOCS,
+        settings={
+            "n_labelled": N_LABELLED, "n_steps": N_STEPS, "control": CONTROL, "students": STUDENTS, "arms": list(KD),
+            "names": {arm: arm.replace("kd", "distilled", 1) for arm in KD}, "batch_size": SETTINGS["batch_size"],
+            "patch_px": PATCH,
+        },
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
