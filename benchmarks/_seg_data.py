@@ -59,8 +59,9 @@ class Split:
 
 
 def bbbc038(data: Path) -> Split:
-    """Fluorescence images of BBBC038, split by image; the teacher is LiteMedSAM as it comes, asked by boxes (oracle)."""
-    images = [item for item in seg.read_bbbc038(data / "bbbc038" / "stage1_train.zip") if min(item.shape) >= TEST]
+    """BBBC038, all kinds of images, split by image; the teacher is LiteMedSAM as it comes, asked by boxes (oracle)."""
+    every = seg.read_bbbc038(data / "bbbc038" / "stage1_train.zip", kinds=("fluorescence", "brightfield", "histology"))
+    images = [item for item in every if min(item.shape) >= TEST]
     rng = np.random.default_rng(38)
     images = [images[row] for row in rng.permutation(len(images))]
     held_out = {"test": images[:24], "validation": images[24:36]}

@@ -88,7 +88,8 @@ class Segmenter:
     module
         The torch module: (B, 1, y, x) in 0 to 1, y and x multiples of 32, to logits (B, 2, y, x).
     history
-        Figures of the training, one list per figure and one value per step; empty after loading.
+        Figures of the training, one list per figure and one value per step; empty after loading. ``loss``, the terms by name,
+        and where their weights are learnt ``s <term>``: the term's weight is exp(-s) / 2.
     """
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -58,7 +59,10 @@ def hausdorff95(predicted: ArrayLike, truth: ArrayLike, *, um_per_px: float = 1.
         return float(np.hypot(*masks[0].shape)) * scale if any(filled) else 0.0
     metrics = need_package("monai.metrics", "monai", "hausdorff95")
     one_hot = [mask[None, None] for mask in masks]
-    return float(metrics.compute_hausdorff_distance(*one_hot, include_background=True, percentile=95)) * scale
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # MONAI warns of an argument that it passes itself
+        found = metrics.compute_hausdorff_distance(*one_hot, include_background=True, percentile=95)
+    return float(found) * scale
 
 
 def boundary_f(predicted: ArrayLike, truth: ArrayLike, *, tolerance_px: float = 2.0) -> float:
