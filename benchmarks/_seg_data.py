@@ -22,10 +22,12 @@ PATCH = 128
 """Width in px of a patch that is labelled, or that the teacher segments."""
 TEST = 256
 """Width in px of a field that is measured on."""
-N_TRANSFER = 96
+N_TRANSFER, N_TUNE = 96, 48
 STAINS = ("DAPI", "boundary", "18S")
 BANDS = {"tune": (0.0, 0.28), "transfer": (0.30, 0.60), "validation": (0.62, 0.70), "test": (0.72, 1.0)}
-"""Parts of the width of the pancreas: labels that the teacher was tuned on, patches that it teaches on, held-out parts."""
+"""Parts of the height of the pancreas: labels that the teacher was tuned on, patches that it teaches on, held-out parts.
+
+Tumour lies on the left and lobules on the right, so bands from left to right hold all tissues."""
 
 
 @dataclass
@@ -77,7 +79,7 @@ def bbbc038(data: Path) -> Split:
 
 
 def pancreas(data: Path) -> Split:
-    """Xenium pancreas, whole cells, split by parts of its width.
+    """Xenium pancreas, whole cells, split by parts of its height.
 
     The teacher is LiteMedSAM on three stains, with a decoder trained on labelled patches of a part of its own.
     """
@@ -89,9 +91,9 @@ def pancreas(data: Path) -> Split:
 
     def take(part: str, n: int, width: int, seed: int) -> list[Field]:
         """Squares around cells drawn at random from a part, the whole square inside it."""
-        low, high = (edge * whole.shape[1] * um for edge in BANDS[part])
-        half, height = width * um / 2, whole.shape[0] * um
-        inside = (xy[:, 0] > low + half) & (xy[:, 0] < high - half) & (xy[:, 1] > half) & (xy[:, 1] < height - half)
+        low, high = (edge * whole.shape[0] * um for edge in BANDS[part])
+        half, right = width * um / 2, whole.shape[1] * um
+        inside = (xy[:, 1] > low + half) & (xy[:, 1] < high - half) & (xy[:, 0] > half) & (xy[:, 0] < right - half)
         centers = xy[np.random.default_rng(seed).choice(np.flatnonzero(inside), n, replace=False)]
         corners = np.round(centers / um - width / 2).astype(int)
         regions = [(x * um, y * um, (x + width) * um, (y + width) * um) for x, y in corners]
@@ -102,7 +104,7 @@ def pancreas(data: Path) -> Split:
         ]
 
     untuned = LiteMedSAM(STAINS, prompts=Prompts("boxes"))
-    teacher = tune(take("tune", 96, PATCH, 1)[:64], teacher=untuned)
+    teacher = tune(take("tune", N_TUNE, PATCH, 1), teacher=untuned, n_steps=200)
     held_out = {"test": take("test", 24, TEST, 4), "validation": take("validation", 10, TEST, 3)}
     return Split("DAPI", take("transfer", N_TRANSFER, PATCH, 2), held_out, teacher, {"boxes, not tuned": untuned})
 
