@@ -42,7 +42,8 @@ def summary(runs: pd.DataFrame, teachers: dict[str, dict[str, dict[str, float]]]
         table.loc[row, "ratio"] = entry["dice"] / teacher["dice"]
         if without in baseline.index:
             start = baseline.loc[without]
-            table.loc[row, "gap_closed"] = (entry["dice"] - start["dice"]) / (teacher["dice"] - start["dice"])
+            gap = teacher["dice"] - start["dice"]  # no gap to close where the teacher is no better
+            table.loc[row, "gap_closed"] = (entry["dice"] - start["dice"]) / gap if gap > 0 else np.nan
             table.loc[row, "gain_dice"] = entry["dice"] - start["dice"]
             table.loc[row, "gain_ap50"] = entry["ap50"] - start["ap50"]
     return table
@@ -67,7 +68,7 @@ def flat(table: pd.DataFrame, teachers: dict, *, n_labelled: int, n_steps: int) 
                 figures[f"{place}.gap_closed"] = entry["gap_closed"]
                 figures[f"{place}.ratio_to_teacher"] = entry["ratio"]
         best = main[main["arm"] == "kd"]
-        if len(best):
+        if best["gap_closed"].notna().any():
             figures[f"{data}.best.gap_closed"] = float(best["gap_closed"].max())
     return {name: round(float(value), 4) for name, value in figures.items() if np.isfinite(value)}
 
@@ -86,7 +87,8 @@ def rows(table: pd.DataFrame, labels: list[str], columns: tuple[str, ...] = METR
         if entry["arm"] == "no_kd":
             cells += ["", ""]
         else:
-            cells += [f"{entry.get('gap_closed', np.nan):.0%}", f"{entry['ratio']:.0%}"]
+            gap = entry.get("gap_closed", np.nan)
+            cells += [f"{gap:.0%}" if np.isfinite(gap) else "no gap", f"{entry['ratio']:.0%}"]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -108,7 +110,7 @@ def draw(out: Path, folder: Path, *, student: str, n_labelled: int, n_steps: int
         figure = hn.pl.segmentation(
             split.held_out["test"][:2], segmentations=shown, channels=[split.channel], differences="student"
         )
-        figure.savefig(folder / f"{data}.png", dpi=110)
+        figure.savefig(folder / f"{data}.jpg", dpi=110)
 
 
 def write(out: Path, docs: Path, *, settings: dict[str, Any]) -> None:
@@ -146,9 +148,9 @@ def _head(out: Path, settings: dict[str, Any]) -> list[str]:
         f"{settings['n_labelled']} labelled patches; *distilled* learns the teacher's maps of all transfer patches",
         "and the same labelled patches. Figures are means over held-out images, then mean ± SD over seeds, each with labelled patches of its",
         "own. *Gap closed* is the gain in Dice over the gap between no distillation and the teacher; *ratio* is Dice over the teacher's.",
-        "HD95 counts an image in which nothing is found with its diagonal.",
+        "HD95 counts an image in which nothing is found with its diagonal. What it all means is read in {doc}`seg_cross_modal_reading`.",
         "",
-        f"- **BBBC038** (fluorescence images, nuclei): {counts['bbbc038']['transfer']} transfer patches, {counts['bbbc038']['test']} test images (256 px), split by image. The teacher is",
+        f"- **BBBC038** (nuclei; fluorescence, bright-field and stained images, each as one channel in which nuclei are bright): {counts['bbbc038']['transfer']} transfer patches, {counts['bbbc038']['test']} test images (256 px), split by image. The teacher is",
         "  LiteMedSAM as it comes, never trained on these images, on patches enlarged twice, asked by the box of every nucleus: an *oracle*, on",
         "  transfer patches too. Boxes are weak labels, so transfer patches are not unlabelled for the teacher, only for the student.",
         f"- **Xenium pancreas** (whole cells, the vendor's polygons): {counts['pancreas']['transfer']} transfer patches, {counts['pancreas']['test']} test fields (109 um), from separate parts of the section.",
@@ -190,7 +192,7 @@ def _section(
     )
     labels = {"student": "student", "name": "arm", "seeds": "seeds"}
     lines += ["", f"### Students, {n} labelled patches", "", *_table(students, labels, unit), ""]
-    picture = f"seg_cross_modal/{data}.png"
+    picture = f"seg_cross_modal/{data}.jpg"
     lines += [f"![Two held-out fields: teacher, {control} without and with distillation, truth]({picture})", ""]
     controls = main[main["student"] == control]
     if len(controls) > 2:

@@ -36,7 +36,7 @@ DOCS = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 SEEDS = (0, 1, 2)
 STUDENTS = ("mobilenetv3-small", "efficientnet-b0", "resnet18", "swin-tiny")
 CONTROL = "mobilenetv3-small"
-N_LABELLED, N_STEPS = 4, 200
+N_LABELLED, N_STEPS = 4, 600
 SETTINGS = {"pretrained": False, "batch_size": 4, "patch_px": PATCH}
 RATES = {"swin-tiny": 5e-4}
 RATE = 4e-3
@@ -84,7 +84,7 @@ def runs(seeds: tuple[int, ...]) -> list[Run]:
     ]  # fmt: skip
     schedules = [
         Run(data, arm, n_steps=n, seed=seed)
-        for seed in seeds for n in (N_STEPS // 2, N_STEPS * 2) for data in SPLITS for arm in ("no_kd", "kd")
+        for seed in seeds for n in (N_STEPS // 3, N_STEPS * 2) for data in SPLITS for arm in ("no_kd", "kd")
     ]  # fmt: skip
     return [*table, *controls, *labels, *schedules]
 
