@@ -14,7 +14,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.patches import Rectangle
 
 from histoniche.pl import segmentation
-from histoniche.pl._segmentation import AGREEMENT, EXTRA, MISSED
+from histoniche.pl._segmentation import AGREEMENT, EXTRA, MISSED, _short
 from histoniche.seg import Field
 
 
@@ -257,3 +257,9 @@ def test_other_plots_do_without_torch():
     code = "import sys, histoniche.pl; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False"]
+
+
+def test_long_names_are_shortened() -> None:
+    assert _short("a" * 32) == "a" * 32
+    assert _short("df4882a8bfacb616" * 4 + "[0:256,0:256]") == "df4882a8bfacb616…16[0:256,0:256]"
+    assert len(_short("x" * 80)) == 32

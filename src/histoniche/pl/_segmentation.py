@@ -30,6 +30,7 @@ _TRUTH = "truth"
 AGREEMENT, MISSED, EXTRA = "#C4C4C4", "#D55E00", "#0072B2"
 _COLORS_OF_CHANNELS = {1: ("white",), 2: ("magenta", "lime"), 3: ("red", "lime", "blue")}
 _PANEL = 2.6
+_NAME_LENGTH = 32
 """Width of a panel in inches."""
 
 
@@ -139,7 +140,7 @@ def segmentation(
         if scale_bar and row.field.um_per_px is not None:
             draw_scale_bar(line[0], nice_length(row.field.shape[1] * row.unit))
         if len(rows) > 1:
-            line[0].set_ylabel(row.field.name, fontsize=9)
+            line[0].set_ylabel(_short(row.field.name), fontsize=9)
     for ax, title in zip(axes[0], titles if titles is not None else panels, strict=True):
         ax.set_title(title, fontsize=10)
     if compared:
@@ -340,3 +341,11 @@ def _handles() -> list[Patch | Line2D]:
         *[Patch(fc=color, ec="none", label=name) for name, color in parts],
         Line2D([], [], color="black", lw=0.8, label="object not found\n(IoU at most 0.5)"),
     ]
+
+
+def _short(name: str) -> str:
+    """A name that fits beside a panel: of a long one, its beginning and its end."""
+    if len(name) <= _NAME_LENGTH:
+        return name
+    half = _NAME_LENGTH // 2
+    return f"{name[:half]}…{name[1 - half :]}"
