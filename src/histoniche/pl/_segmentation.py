@@ -30,8 +30,9 @@ _TRUTH = "truth"
 AGREEMENT, MISSED, EXTRA = "#C4C4C4", "#D55E00", "#0072B2"
 _COLORS_OF_CHANNELS = {1: ("white",), 2: ("magenta", "lime"), 3: ("red", "lime", "blue")}
 _PANEL = 2.6
-_NAME_LENGTH = 32
 """Width of a panel in inches."""
+_NAME_LENGTH = 32
+"""Characters of a name that fit beside a panel."""
 
 
 @dataclass(frozen=True)
