@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 from pathlib import Path
@@ -11,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 FORMAT = 1
@@ -71,3 +72,12 @@ def read_directory(path: Path, expected: str) -> tuple[dict[str, Any], dict[str,
         msg = f"Model directory {str(path)!r} has the format {config.get('format')!r}; this version reads {FORMAT}."
         raise ValueError(msg)
     return config, weights
+
+
+def weights_digest(module: nn.Module) -> str:
+    """SHA-256 of all weights, 64 hexadecimal digits."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        sha.update(name.encode())
+        sha.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from histoniche._random import isolated_rng
 from histoniche.neighbors import NeighborGraph, Neighborhoods, padded_neighborhoods
 
 from ._context import context_means, principal_axes
-from ._directory import read_directory, write_directory
+from ._directory import read_directory, weights_digest, write_directory
 from ._features import FeatureSource, Joined, rotate, take
 from ._losses import distillation_loss
 from ._predict import consensus, predict_neighborhoods
@@ -392,11 +391,7 @@ class NicheStudent:
     @property
     def digest(self) -> str:
         """SHA-256 of the weights."""
-        sha = hashlib.sha256()
-        for name, tensor in sorted(self.module.state_dict().items()):
-            sha.update(name.encode())
-            sha.update(np.ascontiguousarray(tensor.detach().cpu().numpy()).tobytes())
-        return sha.hexdigest()
+        return weights_digest(self.module)
 
     def card(self) -> str:
         """Model card: what the student is, what it needs, what was measured."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from histoniche._compute import make_fabric
-from histoniche.models._directory import read_directory, write_directory
+from histoniche.models._directory import read_directory, weights_digest, write_directory
 
 from ._augment import padded
 from ._fields import STRETCH
@@ -124,12 +123,8 @@ class Segmenter:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all weights, first 16 hexadecimal digits."""
-        sha = hashlib.sha256()
-        for name, tensor in sorted(self.module.state_dict().items()):
-            sha.update(name.encode())
-            sha.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        return sha.hexdigest()[:16]
+        """SHA-256 of the weights."""
+        return weights_digest(self.module)
 
     @torch.inference_mode()
     def predict_maps(self, pixels: np.ndarray) -> np.ndarray:

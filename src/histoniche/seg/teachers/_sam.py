@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from histoniche._compute import make_fabric
+from histoniche.models._directory import weights_digest
 from histoniche.seg._targets import maps_of_masks
 
 from ._prompts import Prompts, chunks
@@ -46,11 +46,7 @@ def to_rgb(pixels: np.ndarray, channels: Sequence[str | None]) -> np.ndarray:
 
 def digest(module: nn.Module) -> str:
     """SHA-256 of all weights, first 16 hexadecimal digits."""
-    sha = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        sha.update(name.encode())
-        sha.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return sha.hexdigest()[:16]
+    return weights_digest(module)[:16]
 
 
 class PromptedTeacher(ABC):
