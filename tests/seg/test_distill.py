@@ -106,6 +106,13 @@ def test_interrupted_distillation_goes_on_bit_for_bit(
     resumed = distill(fields[:3], checkpoint=path, checkpoint_every=3, **arguments)
     assert _same(whole, resumed)
     assert not path.exists()
+    calls.clear()
+    monkeypatch.setattr(_fit, "training_patch", failing)
+    with pytest.raises(RuntimeError, match="killed"):
+        distill(fields[:3], checkpoint=path, checkpoint_every=3, **arguments)
+    monkeypatch.setattr(_fit, "training_patch", original)
+    with pytest.raises(ValueError, match="belongs to another training"):
+        distill(fields[:3], checkpoint=path, checkpoint_every=3, **{**arguments, "validation": fields[5:6]})
 
 
 def test_another_distillations_checkpoint_is_refused(fields: list[Field], tmp_path: Path) -> None:
@@ -122,6 +129,9 @@ def test_early_stopping_returns_the_best_step(fields: list[Field]) -> None:
     model = finetune(fields[:2], validation=[wrong], patience=2, n_steps=60, **SMALL)
     # The validation labels are turned upside down: the better the student, the worse it looks, so it stops soon.
     assert len(model.history["loss"]) < 60
+    looks = model.history["validation"]
+    assert len(looks) == len(model.history["loss"]) // 3  # 5 % of 60 steps
+    assert len(looks) - 1 - int(np.argmin(looks)) == 2  # the patience
 
 
 def test_a_student_can_be_trained_on_and_stays_as_it_was(fields: list[Field]) -> None:

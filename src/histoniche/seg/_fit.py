@@ -200,6 +200,8 @@ def fit(
     if checkpoint is not None:
         settings = [repr(segmenter), segmenter.digest, loss.terms, loss.weights is not None, n_steps, batch_size]
         settings += [patch_px, labelled_share, lr, weight_decay, seed, stacks.fingerprint()]
+        if stopping is not None:
+            settings += [stopping.every, stopping.patience, stopping.stacks.fingerprint()]
         keep = Checkpoint(checkpoint, json.dumps(settings), every=checkpoint_every, extra=stopping)
     with isolated_rng(seed):
         segmenter.history = train(
@@ -208,6 +210,7 @@ def fit(
         )  # fmt: skip
     if stopping is not None and stopping.weights:
         segmenter.module.load_state_dict(stopping.weights)
+        segmenter.history["validation"] = list(stopping.history)
     segmenter.module.eval().cpu()
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)

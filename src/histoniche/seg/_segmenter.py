@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from ._fields import Field
 
 _STRIDE = 32
-_FIGURES = ("dice", "boundary_f", "ap50", "pq")
 
 
 @dataclass
@@ -88,7 +87,8 @@ class Segmenter:
         The torch module: (B, 1, y, x) in 0 to 1, y and x multiples of 32, to logits (B, 2, y, x).
     history
         Figures of the training, one list per figure and one value per step; empty after loading. ``loss``, the terms by name,
-        and where their weights are learnt ``s <term>``: the term's weight is exp(-s) / 2.
+        and where their weights are learnt ``s <term>``: the term's weight is exp(-s) / 2. With validation fields also
+        ``validation``, the mean squared error of both maps, one value a look.
     """
 
     def __init__(

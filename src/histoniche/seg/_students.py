@@ -27,7 +27,6 @@ STUDENTS = {
     "mobilenetv3-small": ("mobilenetv3_small_100", 1.5),
 }
 """Names of the paper's students: model of timm, and the paper's millions of parameters."""
-_STRIDE = 32
 
 
 def build_student(
