@@ -14,7 +14,7 @@ from histoniche.seg import Field, Segmenter, distill, finetune, maps_of_labels, 
 from histoniche.seg.teachers import CallableTeacher, Output
 
 SMALL: dict[str, Any] = {
-    "channel": "DAPI", "student": "mobilenetv3-small", "pretrained": False, "batch_size": 4, "patch_px": 64,
+    "channel": "DAPI", "student": "resnet10t", "pretrained": False, "batch_size": 4, "patch_px": 64,
     "lr": 1e-2,
 }  # fmt: skip
 
@@ -37,7 +37,7 @@ def _dice(model: Segmenter, fields: list[Field]) -> float:
 
 
 def test_a_student_learns_from_a_teacher_without_labels(fields: list[Field]) -> None:
-    model = distill(fields[:4], teacher=Knowing(), n_steps=60, **SMALL)
+    model = distill(fields[:4], teacher=Knowing(), n_steps=40, **SMALL)
     assert model.config.teacher == {"name": "knowing", "licence": "CC0"}
     assert set(model.history) == {"loss", "probability", "boundary", "s probability", "s boundary"}
     assert model.history["probability"][-1] < 0.3 * model.history["probability"][0]
@@ -46,7 +46,7 @@ def test_a_student_learns_from_a_teacher_without_labels(fields: list[Field]) -> 
 
 
 def test_labels_alone(fields: list[Field]) -> None:
-    model = finetune(fields[:4], n_steps=60, **SMALL)
+    model = finetune(fields[:4], n_steps=40, **SMALL)
     assert model.config.teacher == {}
     assert _dice(model, fields[4:]) > 0.8
 

@@ -34,6 +34,9 @@ class Field:
         Size of a pixel in um; ``None`` where it is unknown.
     limits
         (c, 2) float: values that become 0 and 1. By default the percentiles 1 and 99.8 of each channel of this image.
+    region
+        (y, x) bool array, the part of the image that was annotated (a fundus camera's field of view); what lies outside
+        is not measured. ``None``: all of it.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Field:
     labels: Any | None = field(default=None, repr=False)
     um_per_px: float | None = None
     limits: np.ndarray | None = field(default=None, repr=False)
+    region: Any | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.image.ndim != 3 or 0 in self.image.shape:
@@ -61,6 +65,12 @@ class Field:
             raise ValueError(msg)
         if self.labels is not None:
             self._check_labels(self.labels)
+        if self.region is not None and (self.region.shape != self.image.shape[1:] or self.region.dtype != bool):
+            msg = (
+                f"Field {self.name!r}: the region is {self.region.shape} {self.region.dtype}; {self.image.shape[1:]} bool, "
+                "as the image, is needed."
+            )
+            raise ValueError(msg)
 
     def _check_labels(self, labels: Any) -> None:
         if not np.issubdtype(labels.dtype, np.integer):
@@ -81,10 +91,10 @@ class Field:
     def crop(self, y: int, x: int, height: int, width: int) -> Field:
         """Part of the field, not read yet; its values are stretched as those of the whole."""
         window = slice(y, y + height), slice(x, x + width)
-        labels = None if self.labels is None else self.labels[window]
+        labels, region = (None if part is None else part[window] for part in (self.labels, self.region))
         return replace(
             self, name=f"{self.name}[{y}:{y + height},{x}:{x + width}]", image=self.image[(slice(None), *window)],
-            labels=labels, limits=self.stretch_limits(),
+            labels=labels, limits=self.stretch_limits(), region=region,
         )  # fmt: skip
 
     def without_labels(self) -> Field:
