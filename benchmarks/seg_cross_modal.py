@@ -179,9 +179,9 @@ def measure_cost(out: Path) -> None:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     for name in STUDENTS:
-        student = seg.Segmenter(seg.SegmenterConfig(encoder=name, channel="DNA"))
+        student = seg.Segmenter(seg.SegmenterConfig(encoder=name, channels=["DNA"]))
         figures[f"cost.{name}.parameters_m"] = count(student.module)
-        figures[f"cost.{name}.mpx_s"] = mpx / seconds(lambda model=student: model.predict_maps(image))
+        figures[f"cost.{name}.mpx_s"] = mpx / seconds(lambda model=student: model.predict_maps(image[None]))
         with tempfile.TemporaryDirectory() as folder:
             path = seg.export_onnx(student, Path(folder) / "student.onnx")
             session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -140,7 +140,7 @@ def test_a_student_can_be_trained_on_and_stays_as_it_was(fields: list[Field]) ->
     options = {**SMALL, "student": first}
     second = finetune(fields[2:4], n_steps=2, **options)
     assert first.digest == before != second.digest
-    with pytest.raises(ValueError, match=r"channel='membrane', but the student was trained on 'DAPI'"):
+    with pytest.raises(ValueError, match=r"channel=\['membrane'\], but the student was trained on \['DAPI'\]"):
         finetune(fields[:2], n_steps=2, **{**options, "channel": "membrane"})
 
 
@@ -179,3 +179,15 @@ def test_bad_fields(fields: list[Field]) -> None:
     flat = replace(good, image=np.full_like(good.image, 255))
     with pytest.raises(ValueError, match=r"channel 'DAPI' is constant .*empty or saturated"):
         finetune([flat], **options)
+
+
+def test_a_student_sees_several_channels_in_order(fields: list[Field]) -> None:
+    options = {**SMALL, "channel": ["membrane", "DAPI"]}
+    model = finetune(fields[:2], n_steps=2, **options)
+    assert model.config.channels == ["membrane", "DAPI"]
+    maps = model.predict_field(fields[3])
+    np.testing.assert_array_equal(maps, model.predict_maps(fields[3].read(["membrane", "DAPI"])[None])[0])
+    swapped = model.predict_maps(fields[3].read(["DAPI", "membrane"])[None])[0]
+    assert not np.allclose(maps, swapped)
+    with pytest.raises(ValueError, match="several different ones"):
+        finetune(fields[:2], n_steps=2, **{**SMALL, "channel": ["DAPI", "DAPI"]})

@@ -148,3 +148,12 @@ def test_patches_leave_small_fields_whole_and_do_not_read():
         list(patches([small], 0))
     with pytest.raises(ValueError, match="step=-1"):
         list(patches([small], 4, step=-1))
+
+
+def test_region_is_cut_and_checked() -> None:
+    region = np.zeros((6, 8), dtype=bool)
+    region[2:4, 3:5] = True
+    item = Field("a", np.arange(48.0).reshape(1, 6, 8), ("grey",), region=region)
+    np.testing.assert_array_equal(item.crop(2, 3, 3, 3).region, region[2:5, 3:6])
+    with pytest.raises(ValueError, match=r"the region is \(6, 8\) int64; \(6, 8\) bool"):
+        Field("a", item.image, ("grey",), region=region.astype(int))

@@ -12,7 +12,7 @@ from histoniche.seg._fit import Stacks, _picker
 
 def _stacks(fields: list[Field], n_taught: int) -> Stacks:
     maps = [np.full((2, 96, 96), 0.25, dtype=np.float32)] * n_taught
-    return Stacks("DAPI", fields, maps)
+    return Stacks(["DAPI"], fields, maps)
 
 
 def test_stacks_hold_the_teachers_maps_or_those_of_labels(fields: list[Field]) -> None:

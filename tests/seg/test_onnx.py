@@ -19,7 +19,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 def student(encoder: str = "mobilenetv3_small_050") -> Segmenter:
     teacher = {"name": "SAM", "licence": "Apache-2.0"}
-    config = SegmenterConfig(encoder, "DAPI", 0.25, decoder_channels=[8] * 5, teacher=teacher, min_area=20)
+    config = SegmenterConfig(encoder, ["DAPI"], 0.25, decoder_channels=[8] * 5, teacher=teacher, min_area=20)
     return Segmenter(config, pretrained=False)
 
 
@@ -34,7 +34,7 @@ def test_maps_are_the_students_at_any_size(encoder: str, tmp_path: Path) -> None
     for shape in ((1, 1, 32, 32), (3, 1, 96, 64), (2, 1, 192, 320)):
         pixels = rng.random(shape, dtype=np.float32)
         (maps,) = session.run(["maps"], {"pixels": pixels})
-        np.testing.assert_allclose(maps, model.predict_maps(pixels[:, 0]), atol=1e-5)
+        np.testing.assert_allclose(maps, model.predict_maps(pixels), atol=1e-5)
 
 
 def test_metadata_say_what_the_model_needs(tmp_path: Path) -> None:
@@ -42,7 +42,7 @@ def test_metadata_say_what_the_model_needs(tmp_path: Path) -> None:
     model.save(tmp_path / "model")
     path = export_onnx(tmp_path / "model", str(tmp_path / "a.onnx"), verify=False)
     found = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
-    assert found["channel"] == "DAPI"
+    assert json.loads(found["channels"]) == ["DAPI"]
     assert float(found["um_per_px"]) == 0.25
     assert json.loads(found["stretch"]) == [1.0, 99.8]
     assert json.loads(found["outputs"]) == ["foreground", "boundary"]
@@ -62,7 +62,7 @@ def test_fixed_size(tmp_path: Path) -> None:
 
 
 def test_the_student_is_left_as_it_was(tmp_path: Path) -> None:
-    model, pixels = student(), np.random.default_rng(0).random((1, 64, 64), dtype=np.float32)
+    model, pixels = student(), np.random.default_rng(0).random((1, 1, 64, 64), dtype=np.float32)
     before, state = model.predict_maps(pixels), torch.random.get_rng_state()
     export_onnx(model, tmp_path / "a.onnx")
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -83,7 +83,7 @@ def test_maps_that_differ_are_refused_and_the_old_file_stays(tmp_path: Path, mon
 
 def test_a_model_of_one_size_is_refused_where_sizes_are_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     export = module._export
-    monkeypatch.setattr(module, "_export", lambda network, path, size, opset: export(network, path, 64, opset))
+    monkeypatch.setattr(module, "_export", lambda network, path, n, size, opset: export(network, path, n, 64, opset))
     with pytest.raises(RuntimeError, match=r"cannot run on images .* bound to one size.* size="):
         export_onnx(student(), tmp_path / "a.onnx")
     assert list(tmp_path.iterdir()) == []
@@ -99,7 +99,7 @@ def test_missing_packages(package: str, tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.slow
 def test_swin_at_free_sizes(tmp_path: Path) -> None:
-    model = Segmenter(SegmenterConfig("swin-tiny", "DAPI", decoder_channels=[8] * 5), pretrained=False)
+    model = Segmenter(SegmenterConfig("swin-tiny", ["DAPI"], decoder_channels=[8] * 5), pretrained=False)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():  # weights of training size, so that a wrong window would be seen
         for name, parameter in model.module.named_parameters():
@@ -108,8 +108,6 @@ def test_swin_at_free_sizes(tmp_path: Path) -> None:
             elif "qkv" in name:
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     session = onnxruntime.InferenceSession(str(export_onnx(model, tmp_path / "a.onnx")))
-    for shape in ((1, 64, 64), (2, 224, 96), (1, 256, 320)):
+    for shape in ((1, 1, 64, 64), (2, 1, 224, 96), (1, 1, 256, 320)):
         pixels = torch.rand(shape, generator=generator).numpy()
-        np.testing.assert_allclose(
-            session.run(None, {"pixels": pixels[:, None]})[0], model.predict_maps(pixels), atol=1e-4
-        )
+        np.testing.assert_allclose(session.run(None, {"pixels": pixels})[0], model.predict_maps(pixels), atol=1e-4)

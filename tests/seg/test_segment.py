@@ -28,11 +28,11 @@ class Threshold(Segmenter):
     """Student whose maps are a threshold: what an image shows is what it finds."""
 
     def __init__(self, um_per_px: float | None = 0.5, **options: Any) -> None:
-        config = SegmenterConfig(ENCODER, "DAPI", um_per_px=um_per_px, decoder_channels=[8] * 5, **options)
+        config = SegmenterConfig(ENCODER, ["DAPI"], um_per_px=um_per_px, decoder_channels=[8] * 5, **options)
         super().__init__(config, pretrained=False)
 
     def predict_maps(self, pixels: np.ndarray) -> np.ndarray:
-        return np.stack([maps_of_labels((plane > 0.5).astype(int)) for plane in pixels])
+        return np.stack([maps_of_labels((channels[0] > 0.5).astype(int)) for channels in pixels])
 
 
 @pytest.fixture(scope="module")
@@ -126,9 +126,9 @@ def test_provenance(student: Threshold) -> None:
     entry = out["cells_table"].uns["histoniche"]["segment"]
     assert entry["inputs"] == {"image_key": "morphology"}
     assert entry["params"]["weights_sha256"] == student.digest
-    assert entry["params"]["channel"] == "DAPI"
+    assert entry["params"]["channels"] == ["DAPI"]
     assert entry["params"]["min_area"] == 2.0
-    assert entry["params"]["limits"].tolist() == [100, 1000]
+    assert entry["params"]["limits"].tolist() == [[100, 1000]]
     assert "obsm/spatial" in entry["outputs"]
 
 
@@ -175,8 +175,8 @@ def test_tiles_and_batches_do_not_matter(student: Threshold, options: dict[str, 
 
 def test_network_gives_the_same_for_any_batch_size() -> None:
     truth, _ = discs()
-    network = Segmenter(SegmenterConfig(ENCODER, "DAPI", 0.5, decoder_channels=[8] * 5), pretrained=False)
-    network.config.threshold = float(np.median(network.predict_maps((truth[None] > 0).astype(np.float32))[:, 0]))
+    network = Segmenter(SegmenterConfig(ENCODER, ["DAPI"], 0.5, decoder_channels=[8] * 5), pretrained=False)
+    network.config.threshold = float(np.median(network.predict_maps((truth[None, None] > 0).astype(np.float32))[:, 0]))
     sdata = scene(truth)
     maps = [np.asarray(run(sdata, network, batch_size=n)["cells_labels"].data) > 0 for n in (1, 4)]
     assert 0.01 < maps[0].mean() < 0.99
@@ -316,14 +316,14 @@ def test_values_that_are_not_finite(student: Threshold) -> None:
     with pytest.raises(ValueError, match=r"'DAPI' .* not finite"):
         segment(sdata, student)
     plane = module._plane(scene(discs()[0]), student, None, None, um_per_px=None, resample=False)
-    with pytest.raises(ValueError, match=r"'DAPI' .* not finite"):  # what the sample of the limits did not see
-        plane.predictor(student)(pixels[1:])
+    with pytest.raises(ValueError, match=r"'DAPI'.* not finite"):  # what the sample of the limits did not see
+        plane.predictor(student)(pixels[None, 1:])
     assert unchanged(sdata)
 
 
 def test_no_object_found(tmp_path: Path) -> None:
     sdata = scene(discs()[0])
-    with pytest.raises(ValueError, match=r"No object found in channel 'DAPI' .* min_area 1e\+06 um2"):
+    with pytest.raises(ValueError, match=r"No object found in channel .*'DAPI'.* min_area 1e\+06 um2"):
         segment(sdata, Threshold(), min_area=1e6, store=tmp_path / "labels.zarr")
     assert unchanged(sdata)
     assert list(tmp_path.glob("*labels*")) == list(tmp_path.glob(".histoniche*")) == []
@@ -404,3 +404,29 @@ def test_scale_rule_is_the_models() -> None:
     check_scale(0.5, 0.74, "x")
     with pytest.raises(ValueError, match=r"1.52 times apart"):
         check_scale(0.5, 0.76, "x")
+
+
+def test_a_student_of_several_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    truth, _ = discs()
+    student = Threshold()
+    student.config.channels = ["DAPI", "18S"]
+    pixels = np.stack([np.where(truth > 0, 50, 5 + truth % 2), 100 + 900 * (truth > 0)]).astype(np.uint16)
+    sdata = scene(truth)
+    sdata["morphology"].data = da.from_array(pixels)
+    seen: list[np.ndarray] = []
+
+    def noted(self: Threshold, batch: np.ndarray) -> np.ndarray:
+        seen.append(batch)
+        return np.stack([maps_of_labels((channels[0] > 0.5).astype(int)) for channels in batch])
+
+    monkeypatch.setattr(Threshold, "predict_maps", noted)
+    out = run(sdata, student)
+    assert same_objects(np.asarray(out["cells_labels"]), truth)
+    assert seen[0].shape[1] == 2
+    assert out["cells_table"].uns["histoniche"]["segment"]["params"]["channels"] == ["DAPI", "18S"]
+    assert out["cells_table"].obs["mean_intensity"].to_numpy() == pytest.approx(1000)  # of the first channel
+    with pytest.raises(ValueError, match=r"channel=\['DAPI'\], but the student sees 2"):
+        segment(sdata, student, channel="DAPI")
+    assert same_objects(as_callable(student)(pixels[::-1]), truth)
+    with pytest.raises(ValueError, match="at least 2 channel"):
+        as_callable(student)(pixels[:1])

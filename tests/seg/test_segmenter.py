@@ -18,7 +18,9 @@ ENCODER = "mobilenetv3_small_050"
 
 def make(**options: object) -> Segmenter:
     seed = int(options.pop("seed", 0))  # type: ignore[call-overload]
-    return Segmenter(SegmenterConfig(ENCODER, "DAPI", decoder_channels=[8] * 5, **options), pretrained=False, seed=seed)  # type: ignore[arg-type]
+    return Segmenter(
+        SegmenterConfig(ENCODER, ["DAPI"], decoder_channels=[8] * 5, **options), pretrained=False, seed=seed
+    )  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,7 @@ def test_saved_and_loaded_is_bit_identical(student: Segmenter, tmp_path: Path) -
     again = Segmenter.load(tmp_path / "model")
     assert again.config == student.config
     assert again.digest == student.digest
-    np.testing.assert_array_equal(again.predict_maps(pixels(2, 64, 96)), student.predict_maps(pixels(2, 64, 96)))
+    np.testing.assert_array_equal(again.predict_maps(pixels(2, 1, 64, 96)), student.predict_maps(pixels(2, 1, 64, 96)))
     assert sorted(p.name for p in (tmp_path / "model").iterdir()) == ["README.md", "config.json", "model.safetensors"]
 
 
@@ -126,22 +128,22 @@ def test_card_says_licence_resolution_and_training(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------- prediction
 @pytest.mark.parametrize("shape", [(64, 64), (33, 70), (100, 31), (5, 3), (1, 1)])
 def test_maps_of_any_size(student: Segmenter, shape: tuple[int, int]) -> None:
-    maps = student.predict_maps(pixels(2, *shape))
+    maps = student.predict_maps(pixels(2, 1, *shape))
     assert maps.shape == (2, 2, *shape)
     assert maps.dtype == np.float32
     assert ((maps > 0) & (maps < 1)).all()
 
 
 def test_padding_is_cut_off(student: Segmenter) -> None:
-    image = pixels(1, 50, 60)
+    image = pixels(1, 1, 50, 60)
     rows, columns = np.arange(64), np.arange(64)
     rows, columns = np.where(rows < 50, rows, 98 - rows), np.where(columns < 60, columns, 118 - columns)
-    mirrored = image[:, rows[:, None], columns[None]]
+    mirrored = image[..., rows[:, None], columns[None]]
     np.testing.assert_allclose(student.predict_maps(image), student.predict_maps(mirrored)[..., :50, :60], atol=1e-6)
 
 
 def test_images_of_a_batch_are_independent(student: Segmenter) -> None:
-    images = pixels(3, 64, 64)
+    images = pixels(3, 1, 64, 64)
     one_by_one = np.concatenate([student.predict_maps(image[None]) for image in images])
     np.testing.assert_allclose(student.predict_maps(images), one_by_one, atol=1e-5)
 
@@ -149,7 +151,7 @@ def test_images_of_a_batch_are_independent(student: Segmenter) -> None:
 def test_seed_decides_the_weights_and_leaves_global_generators() -> None:
     state, numpy_state = torch.random.get_rng_state(), np.random.get_state()[1].copy()
     first, second, third = make(seed=3), make(seed=3), make(seed=4)
-    first.predict_maps(pixels(1, 32, 32))
+    first.predict_maps(pixels(1, 1, 32, 32))
     assert first.digest == second.digest != third.digest
     assert torch.equal(torch.random.get_rng_state(), state)
     np.testing.assert_array_equal(np.random.get_state()[1], numpy_state)
@@ -160,7 +162,7 @@ def test_predict_stretches_the_channel_and_makes_objects(student: Segmenter, mon
 
     def threshold(self: Segmenter, images: np.ndarray) -> np.ndarray:
         seen.append(images)
-        return np.stack([images > 0.5, np.zeros_like(images)], axis=1).astype(np.float32)
+        return np.concatenate([images > 0.5, np.zeros_like(images)], axis=1).astype(np.float32)
 
     monkeypatch.setattr(Segmenter, "predict_maps", threshold)
     plane = np.full((60, 60), 100, dtype=np.uint16)
@@ -190,7 +192,7 @@ def test_repr_and_parameters(student: Segmenter) -> None:
     assert student.n_parameters == sum(p.numel() for p in student.module.parameters())
     assert (
         repr(student)
-        == f"Segmenter({ENCODER!r}, channel='DAPI', 0.5 um/px, {student.n_parameters / 1e6:.1f} M parameters)"
+        == f"Segmenter({ENCODER!r}, channels=[DAPI], 0.5 um/px, {student.n_parameters / 1e6:.1f} M parameters)"
     )
     assert "unknown um/px" in repr(make())
 

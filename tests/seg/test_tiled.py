@@ -92,17 +92,19 @@ def test_threads_never_share_the_predictor() -> None:
 
 
 def test_tiled_student_is_the_whole_without_seams() -> None:
-    student = Segmenter(SegmenterConfig("resnet18", "DAPI", decoder_channels=[16, 8, 8, 8, 8]), pretrained=False)
+    student = Segmenter(SegmenterConfig("resnet18", ["DAPI"], decoder_channels=[16, 8, 8, 8, 8]), pretrained=False)
     smooth = ndimage.gaussian_filter(image(320, 448), 3)
     plane = (smooth - smooth.min()) / np.ptp(smooth)
-    whole = student.predict_maps(plane[None])[0]
-    tiled = tiled_maps(plane, student.predict_maps, tile=256, overlap=128).compute(scheduler="synchronous")
+    whole = student.predict_maps(plane[None, None])[0]
+    tiled = tiled_maps(plane[None], student.predict_maps, tile=256, overlap=128).compute(scheduler="synchronous")
     difference = np.abs(tiled - whole)
     assert difference.mean() < 0.001 * whole.std()
     assert difference.max() < 0.05 * whole.std()
     columns = np.abs(np.diff(tiled - whole, axis=2)).mean(axis=(0, 1))
     assert columns.max() < 0.005 * whole.std()  # no line where tiles meet
-    cut = np.concatenate([student.predict_maps(plane[None, :, x : x + 128])[0] for x in range(0, 448, 128)], axis=-1)
+    cut = np.concatenate(
+        [student.predict_maps(plane[None, None, :, x : x + 128])[0] for x in range(0, 448, 128)], axis=-1
+    )
     assert np.abs(np.diff(cut - whole, axis=2)).mean(axis=(0, 1)).max() > whole.std()  # which tiles side by side have
 
 

@@ -26,7 +26,7 @@ def distill(
     fields: Sequence[Field],
     *,
     teacher: Teacher,
-    channel: str | None = None,
+    channel: str | Sequence[str] | None = None,
     labelled: Sequence[Field] = (),
     validation: Sequence[Field] = (),
     student: str | Segmenter = "resnet18",
@@ -60,7 +60,8 @@ def distill(
     teacher
         The teacher.
     channel
-        Channel that the student sees; may be left out where fields have one.
+        Channel that the student sees, or several in the order in which it sees them; may be left out where fields have
+        one.
     labelled
         Fields whose labels are learnt besides.
     validation
@@ -113,11 +114,11 @@ def distill(
     if not fields:
         msg = "distill was given no fields: the teacher has nothing to segment."
         raise ValueError(msg)
-    channel = _check(fields, labelled, validation, channel, patch_px=patch_px, n_steps=n_steps, batch_size=batch_size)
+    channels = _check(fields, labelled, validation, channel, patch_px=patch_px, n_steps=n_steps, batch_size=batch_size)
     used = [term for term in terms if term != "supervised" or labelled]
     loss = DistillationLoss(used, uncertainty=uncertainty)
     segmenter = _start(
-        student, channel, fields[0].um_per_px, pretrained=pretrained, weights=weights, seed=seed,
+        student, channels, fields[0].um_per_px, pretrained=pretrained, weights=weights, seed=seed,
         teacher={"name": teacher.name, "licence": teacher.licence},
     )  # fmt: skip
     maps = teach(fields, teacher=teacher, cache=cache)
@@ -128,7 +129,7 @@ def distill(
         "labelled fields": len(labelled), "steps": n_steps, "batch": batch_size, "patch px": patch_px, "seed": seed,
     }  # fmt: skip
     return _run(
-        segmenter, Stacks(channel, [*fields, *labelled], maps), loss, validation, n_steps=n_steps,
+        segmenter, Stacks(channels, [*fields, *labelled], maps), loss, validation, n_steps=n_steps,
         batch_size=batch_size, patch_px=patch_px, labelled_share=labelled_share, lr=lr, weight_decay=weight_decay,
         patience=patience, checkpoint=checkpoint, checkpoint_every=checkpoint_every, seed=seed, description="distil",
     )  # fmt: skip
@@ -137,7 +138,7 @@ def distill(
 def finetune(
     fields: Sequence[Field],
     *,
-    channel: str | None = None,
+    channel: str | Sequence[str] | None = None,
     validation: Sequence[Field] = (),
     student: str | Segmenter = "resnet18",
     pretrained: bool = True,
@@ -159,7 +160,8 @@ def finetune(
     fields
         Fields with labels.
     channel
-        Channel that the student sees; may be left out where fields have one.
+        Channel that the student sees, or several in the order in which it sees them; may be left out where fields have
+        one.
     validation
         Fields with labels on which the best step is chosen and training is stopped early. Without, the last step is taken.
     student
@@ -193,14 +195,14 @@ def finetune(
     if not fields:
         msg = "finetune was given no fields with labels."
         raise ValueError(msg)
-    channel = _check([], fields, validation, channel, patch_px=patch_px, n_steps=n_steps, batch_size=batch_size)
-    segmenter = _start(student, channel, fields[0].um_per_px, pretrained=pretrained, weights=weights, seed=seed)
+    channels = _check([], fields, validation, channel, patch_px=patch_px, n_steps=n_steps, batch_size=batch_size)
+    segmenter = _start(student, channels, fields[0].um_per_px, pretrained=pretrained, weights=weights, seed=seed)
     segmenter.config.training = {
         **segmenter.config.training, "labelled fields": len(fields), "supervised steps": n_steps, "batch": batch_size,
         "patch px": patch_px, "seed": seed,
     }  # fmt: skip
     return _run(
-        segmenter, Stacks(channel, fields, []), DistillationLoss(["supervised"], uncertainty=False), validation,
+        segmenter, Stacks(channels, fields, []), DistillationLoss(["supervised"], uncertainty=False), validation,
         n_steps=n_steps, batch_size=batch_size, patch_px=patch_px, labelled_share=1.0, lr=lr, weight_decay=weight_decay,
         patience=patience, checkpoint=checkpoint, checkpoint_every=checkpoint_every, seed=seed, description="finetune",
     )  # fmt: skip
@@ -219,7 +221,7 @@ def _run(
     stopping = None
     if validation:
         every = max(1, settings["n_steps"] // 20)
-        stopping = EarlyStopping(segmenter, Stacks(segmenter.config.channel, validation, []), every, patience)
+        stopping = EarlyStopping(segmenter, Stacks(segmenter.config.channels, validation, []), every, patience)
     fit(
         segmenter, stacks, loss, stopping=stopping, checkpoint=None if checkpoint is None else Path(checkpoint),
         **settings,
@@ -229,7 +231,7 @@ def _run(
 
 def _start(
     student: str | Segmenter,
-    channel: str,
+    channels: list[str],
     um_per_px: float | None,
     *,
     pretrained: bool,
@@ -240,11 +242,11 @@ def _start(
     """Make a new student, or a copy of the given one, for it is the caller's."""
     if isinstance(student, str):
         config = SegmenterConfig(
-            encoder=student, channel=channel, um_per_px=um_per_px, stretch=list(STRETCH), teacher=teacher or {}
+            encoder=student, channels=channels, um_per_px=um_per_px, stretch=list(STRETCH), teacher=teacher or {}
         )
         return Segmenter(config, pretrained=pretrained, weights=weights, seed=seed)
-    if student.config.channel != channel:
-        msg = f"channel={channel!r}, but the student was trained on {student.config.channel!r}."
+    if student.config.channels != channels:
+        msg = f"channel={channels}, but the student was trained on {student.config.channels}."
         raise ValueError(msg)
     check_scale(student.config.um_per_px, um_per_px, "the fields")
     copied = Segmenter(SegmenterConfig(**{**vars(student.config), **({"teacher": teacher} if teacher else {})}))
@@ -256,13 +258,13 @@ def _check(
     taught: Sequence[Field],
     labelled: Sequence[Field],
     validation: Sequence[Field],
-    channel: str | None,
+    channel: str | Sequence[str] | None,
     *,
     patch_px: int,
     n_steps: int,
     batch_size: int,
-) -> str:
-    """Refuse what would fail, or teach nothing, later on; return the channel."""
+) -> list[str]:
+    """Refuse what would fail, or teach nothing, later on; return the channels."""
     if patch_px < _LEAST_PATCH or patch_px % _LEAST_PATCH or n_steps < 1 or batch_size < 2:
         msg = (
             f"patch_px={patch_px} must be a multiple of {_LEAST_PATCH}, n_steps={n_steps} at least 1, "
@@ -275,8 +277,12 @@ def _check(
             msg = f"Fields have the channels {list(every[0].channels)}: name the student's with channel=."
             raise ValueError(msg)
         channel = every[0].channels[0]
+    channels = [channel] if isinstance(channel, str) else list(channel)
+    if not channels or len(set(channels)) < len(channels):
+        msg = f"channel={channels}: one channel, or several different ones, are needed."
+        raise ValueError(msg)
     for item in every:
-        item.indices([channel])
+        item.indices(channels)
         if min(item.shape) < patch_px:
             msg = f"Field {item.name!r} is {item.shape[0]} x {item.shape[1]} px, smaller than a patch: patch_px={patch_px}."
             raise ValueError(msg)
@@ -289,4 +295,4 @@ def _check(
                 f"Field {item.name!r}: its labels have one class only ({'no' if not foreground else 'all'} foreground)."
             )
             raise ValueError(msg)
-    return channel
+    return channels

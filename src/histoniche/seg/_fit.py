@@ -35,20 +35,20 @@ _WEIGHTS_FASTER = 50.0
 
 
 class Stacks:
-    """Channel and maps of fields, read when first asked for and kept while they fit into memory.
+    """Channels and maps of fields, read when first asked for and kept while they fit into memory.
 
     Parameters
     ----------
-    channel
-        Channel to read.
+    channels
+        Channels to read.
     fields
         Fields; those with maps first, then those whose labels are the target.
     maps
         (2, y, x) of the first fields.
     """
 
-    def __init__(self, channel: str, fields: Sequence[Field], maps: Sequence[np.ndarray]) -> None:
-        self.channel, self.fields, self.maps = channel, list(fields), list(maps)
+    def __init__(self, channels: Sequence[str], fields: Sequence[Field], maps: Sequence[np.ndarray]) -> None:
+        self.channels, self.fields, self.maps = list(channels), list(fields), list(maps)
         self._kept: dict[int, np.ndarray] = {}
         self._bytes = 0
         self._lock = Lock()
@@ -61,13 +61,13 @@ class Stacks:
         return row >= len(self.maps)
 
     def __getitem__(self, row: int) -> np.ndarray:
-        """(3, y, x) float32: channel, foreground, boundary."""
+        """(c + 2, y, x) float32: channels, foreground, boundary."""
         with self._lock:
             if row in self._kept:
                 return self._kept[row]
         item = self.fields[row]
         target = maps_of_labels(item.read_labels()) if self.labelled(row) else self.maps[row]
-        stack = np.concatenate([item.read([self.channel]), target])
+        stack = np.concatenate([item.read(self.channels), target])
         with self._lock:
             if row not in self._kept and self._bytes + stack.nbytes <= _KEPT_BYTES:
                 self._kept[row] = stack
@@ -107,7 +107,7 @@ class EarlyStopping:
         errors = []
         for row in range(len(self.stacks)):
             stack = self.stacks[row]
-            errors.append(float(np.square(self.segmenter.predict_maps(stack[:1])[0] - stack[1:]).mean()))
+            errors.append(float(np.square(self.segmenter.predict_maps(stack[None, :-2])[0] - stack[-2:]).mean()))
         module.train()
         error = float(np.mean(errors))
         self.history.append(error)
@@ -187,13 +187,13 @@ def fit(
         patches = []
         for place, row in enumerate(rows):
             rng = np.random.default_rng([seed, 3, step, place])
-            patches.append(training_patch(stacks[row], 1, patch_px, rng).numpy())
+            patches.append(training_patch(stacks[row], len(stacks.channels), patch_px, rng).numpy())
         return np.stack(patches), np.array([stacks.labelled(row) for row in rows], dtype=np.float32)
 
     def batch_loss(module: nn.Module, batch: _Batch, device: torch.device) -> tuple[Tensor, dict[str, float | Tensor]]:
         patches, labelled = (to_device(array, device) for array in batch)
-        pixels = patches[:, :1].contiguous(memory_format=torch.channels_last)
-        return module(pixels, patches[:, 1:], labelled)
+        pixels = patches[:, :-2].contiguous(memory_format=torch.channels_last)
+        return module(pixels, patches[:, -2:], labelled)
 
     distiller = _Distiller(segmenter.module, loss)
     keep = None

@@ -40,7 +40,7 @@ def export_onnx(
 ) -> Path:
     """Write a student as an ONNX model, and check that it gives the same maps.
 
-    Input ``pixels`` (B, 1, y, x) float32, the channel stretched to 0 to 1; output ``maps`` (B, 2, y, x) float32,
+    Input ``pixels`` (B, c, y, x) float32, channels stretched to 0 to 1; output ``maps`` (B, 2, y, x) float32,
     probability of foreground and boundary. Number, height and width (multiples of 32) are free; Swin needs at least 64 px.
     An encoder that is bound to one size (most ViTs) is exported for tiles of that ``size``. The metadata say what images
     the model needs: ``channel``, ``um_per_px``, ``stretch`` (percentiles), ``outputs``, and, in JSON, how objects are made of
@@ -86,20 +86,21 @@ def export_onnx(
     module = _Maps(segmenter.module).cpu().eval()
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
         made = Path(folder) / "model.onnx"
-        _export(module, made, size, opset)
+        n = len(segmenter.config.channels)
+        _export(module, made, n, size, opset)
         graph = onnx.load(made)
         onnx.helper.set_model_props(graph, _metadata(segmenter))
         onnx.checker.check_model(graph)
         onnx.save(graph, made)
         if verify:
-            _compare(module, made, size)
+            _compare(module, made, n, size)
         made.replace(path)
     return path
 
 
-def _export(module: nn.Module, path: Path, size: int | None, opset: int) -> None:
+def _export(module: nn.Module, path: Path, n_channels: int, size: int | None, opset: int) -> None:
     free = {0: "batch"} if size else {0: "batch", 2: "height", 3: "width"}
-    example = torch.zeros(2, 1, size or 64, size or 96)
+    example = torch.zeros(2, n_channels, size or 64, size or 96)
     with warnings.catch_warnings(), torch.inference_mode():
         # Tracing is what exports in seconds and on every torch that the package supports; its notices concern the
         # constants that it makes of sizes, and the comparison tells whether one matters.
@@ -113,7 +114,7 @@ def _export(module: nn.Module, path: Path, size: int | None, opset: int) -> None
 def _metadata(segmenter: Segmenter) -> dict[str, str]:
     c = segmenter.config
     return {
-        "channel": c.channel,
+        "channels": json.dumps(c.channels),
         "um_per_px": "unknown" if c.um_per_px is None else repr(c.um_per_px),
         "stretch": json.dumps(c.stretch),
         "outputs": json.dumps(c.outputs),
@@ -125,7 +126,7 @@ def _metadata(segmenter: Segmenter) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _compare(module: nn.Module, path: Path, size: int | None) -> None:
+def _compare(module: nn.Module, path: Path, n_channels: int, size: int | None) -> None:
     """Refuse a file whose maps are not those of the module."""
     import onnxruntime
 
@@ -134,7 +135,7 @@ def _compare(module: nn.Module, path: Path, size: int | None) -> None:
     session: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     rng = np.random.default_rng(0)
     for n, more in _BATCHES[: 1 if size else None]:
-        shape = (n, 1, size or 64 + more, size or 96 + more // 3)
+        shape = (n, n_channels, size or 64 + more, size or 96 + more // 3)
         pixels = rng.random(shape, dtype=np.float32)
         with torch.inference_mode():
             expected = module(torch.from_numpy(pixels)).numpy()

@@ -30,7 +30,7 @@ from ._segmenter import Segmenter, check_scale
 from ._tiled import resampled, tiled_labels, tiled_maps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from ._tiled import Block
 
@@ -46,7 +46,7 @@ def segment(
     model: Segmenter | str | Path,
     *,
     image_key: str | None = None,
-    channel: str | None = None,
+    channel: str | Sequence[str] | None = None,
     key_added: str = "cells",
     um_per_px: float | None = None,
     resample: bool = False,
@@ -73,7 +73,7 @@ def segment(
     image_key
         Name of the image; may be left out where there is just one.
     channel
-        Channel to segment; by default the one that the student was trained on.
+        Channel to segment, or several, where they have other names than those that the student was trained on.
     key_added
         Name of the new shapes, and start of the names of labels and table.
     um_per_px
@@ -103,7 +103,8 @@ def segment(
         Outer outlines, polygons in um, with the number of the cell as index.
     ``tables[f"{key_added}_table"]``
         Annotates the shapes; no variables. ``obs``: ``cell_id``, ``region``, ``area_um2``, ``perimeter_um``,
-        ``major_axis_um``, ``minor_axis_um``, ``eccentricity``, ``solidity``, ``mean_intensity`` (of the image's values);
+        ``major_axis_um``, ``minor_axis_um``, ``eccentricity``, ``solidity``, ``mean_intensity`` (of the image's values in the
+        first channel);
         ``obsm["spatial"]``: (n, 2) float64 centroids x, y in um; ``uns["histoniche"]["segment"]``: provenance.
 
     Raises
@@ -142,7 +143,7 @@ def segment(
         stored = _store_maps(maps, Path(folder) / "maps.zarr", tile_px - overlap_px)
         labels, cells, polygons = _cells(stored, plane, model, min_area or 0.0, store)
     params = {
-        "channel": plane.channel, "model": repr(model), "weights_sha256": model.digest, "limits": plane.limits,
+        "channels": plane.channels, "model": repr(model), "weights_sha256": model.digest, "limits": plane.limits,
         "um_per_px": plane.um_per_px, "resample": resample, "min_area": min_area, "tile_px": tile_px,
         "overlap_px": overlap_px, "store": None if store is None else str(Path(store).resolve()),
     }  # fmt: skip
@@ -179,8 +180,8 @@ def as_callable(
 
     Returns
     -------
-    Function from (c, y, x), of which the first channel is segmented, to labels (y, x) int32; no objects in a patch whose
-    values are all the same.
+    Function from (c, y, x), of which the first channel is segmented (as many as the student sees), to labels (y, x) int32; no
+    objects in a patch in which a channel's values are all the same.
 
     Raises
     ------
@@ -190,38 +191,42 @@ def as_callable(
         A damaged model; limits that do not rise; an image that is not (c, y, x), or has values that are not finite.
     """
     segmenter = model if isinstance(model, Segmenter) else Segmenter.load(model)
+    n = len(segmenter.config.channels)
     if limits is not None and not limits[0] < limits[1]:
         msg = f"limits={limits} must rise."
         raise ValueError(msg)
 
     def segmented(pixels: np.ndarray) -> np.ndarray:
-        if np.ndim(pixels) != 3 or 0 in np.shape(pixels):
-            msg = f"The image has the shape {np.shape(pixels)}; (c, y, x) is needed."
+        if np.ndim(pixels) != 3 or 0 in np.shape(pixels) or len(pixels) < n:
+            msg = f"The image has the shape {np.shape(pixels)}; (c, y, x) with at least {n} channel(s) is needed."
             raise ValueError(msg)
-        plane = np.asarray(pixels[:1], dtype=np.float32)
+        plane = np.asarray(pixels[:n], dtype=np.float32)
         if not np.isfinite(plane).all():
             msg = "The image has values that are not finite."
             raise ValueError(msg)
-        low, high = np.percentile(plane, segmenter.config.stretch) if limits is None else limits
-        if not low < high:
+        if limits is None:
+            edges = np.percentile(plane, segmenter.config.stretch, axis=(1, 2)).T
+        else:
+            edges = np.tile(limits, (n, 1))
+        if not (edges[:, 0] < edges[:, 1]).all():
             return np.zeros(plane.shape[1:], dtype=np.int32)
-        return segmenter.instances(segmenter.predict_maps(stretch(plane, np.array([[low, high]])))[0])
+        return segmenter.instances(segmenter.predict_maps(stretch(plane, edges)[None])[0])
 
     return segmented
 
 
 @dataclass(frozen=True)
 class _Plane:
-    """One channel of an image, lazy, at the resolution at which it is segmented.
+    """Channels of an image, lazy, at the resolution at which they are segmented.
 
     Attributes
     ----------
-    key, channel
-        Where it comes from.
+    key, channels
+        Where they come from.
     pixels
-        (y, x), lazy.
+        (c, y, x), lazy.
     limits
-        Values that become 0 and 1.
+        (c, 2) values that become 0 and 1.
     px_to_um
         (3, 3) affine from x, y in px to um.
     um_per_px
@@ -229,20 +234,20 @@ class _Plane:
     """
 
     key: str
-    channel: str
+    channels: list[str]
     pixels: da.Array
     limits: np.ndarray
     px_to_um: np.ndarray
     um_per_px: float
 
     def predictor(self, model: Segmenter) -> Callable[[np.ndarray], np.ndarray]:
-        """Function from raw pixels (B, y, x) to maps."""
+        """Function from raw pixels (B, c, y, x) to maps."""
 
         def predict(batch: np.ndarray) -> np.ndarray:
             if not np.isfinite(batch).all():
-                msg = f"Channel {self.channel!r} of images[{self.key!r}] has values that are not finite."
+                msg = f"Channel {self.channels} of images[{self.key!r}] has values that are not finite."
                 raise ValueError(msg)
-            return model.predict_maps(stretch(batch, self.limits[None]))
+            return model.predict_maps(np.stack([stretch(pixels, self.limits) for pixels in batch]))
 
         return predict
 
@@ -251,19 +256,20 @@ def _plane(
     sdata: SpatialData,
     model: Segmenter,
     image_key: str | None,
-    channel: str | None,
+    channel: str | Sequence[str] | None,
     *,
     um_per_px: float | None,
     resample: bool,
 ) -> _Plane:
-    """Find the channel, and see it at the resolution that is asked for."""
+    """Find the channels, and see them at the resolution that is asked for."""
     picture = image(sdata, image_key, n_channels=None)
     where = f"images[{picture.key!r}]"
-    channel = model.config.channel if channel is None else channel
+    channels = _channels(model, channel)
     names = [str(name) for name in get_channel_names(sdata.images[picture.key])]
-    if names.count(channel) != 1:
-        msg = f"{where} has no channel {channel!r} (or several); it has {names}: name one with channel=."
-        raise KeyError(msg)
+    for name in channels:
+        if names.count(name) != 1:
+            msg = f"{where} has no channel {name!r} (or several); it has {names}: name one with channel=."
+            raise KeyError(msg)
     expected = _resolution(model, um_per_px)
     if expected is None or not resample:
         try:
@@ -272,14 +278,29 @@ def _plane(
             fix = "um_per_px= says what the student was trained at." if expected is None else "resample=True does that."
             msg = f"{error} In hn.seg.segment, {fix}"
             raise ValueError(msg) from error
-    pyramid = tuple(level[names.index(channel)] for level in picture.pyramid)
-    limits = _limits(pyramid, model.config.stretch, f"Channel {channel!r} of {where}")
+    planes = {name: tuple(level[names.index(name)] for level in picture.pyramid) for name in channels}
+    limits = np.stack([
+        _limits(pyramid, model.config.stretch, f"Channel {name!r} of {where}") for name, pyramid in planes.items()
+    ])  # fmt: skip
     px_to_um = np.linalg.inv(np.vstack([picture.um_to_px, [0, 0, 1]]))
     if not resample or expected is None:
-        return _Plane(picture.key, channel, pyramid[0], limits, px_to_um, picture.um_per_px)
+        pixels = da.stack([pyramid[0] for pyramid in planes.values()])
+        return _Plane(picture.key, channels, pixels, limits, px_to_um, picture.um_per_px)
     scale = picture.um_per_px / expected
     matrix = px_to_um @ np.diag([1 / scale, 1 / scale, 1])
-    return _Plane(picture.key, channel, resampled(pyramid, scale), limits, matrix, expected)
+    pixels = da.stack([resampled(pyramid, scale) for pyramid in planes.values()])
+    return _Plane(picture.key, channels, pixels, limits, matrix, expected)
+
+
+def _channels(model: Segmenter, channel: str | Sequence[str] | None) -> list[str]:
+    """Channels of the image, in the order in which the student sees them."""
+    if channel is None:
+        return list(model.config.channels)
+    channels = [channel] if isinstance(channel, str) else list(channel)
+    if len(channels) != len(model.config.channels):
+        msg = f"channel={channels}, but the student sees {len(model.config.channels)}: {model.config.channels}."
+        raise ValueError(msg)
+    return channels
 
 
 def _resolution(model: Segmenter, um_per_px: float | None) -> float | None:
@@ -370,7 +391,7 @@ def _cells(
                 outlines.append(polygons)
         if not tables:
             msg = (
-                f"No object found in channel {plane.channel!r} of images[{plane.key!r}]: is it the channel and the um/px that "
+                f"No object found in channel {plane.channels} of images[{plane.key!r}]: is it the channel and the um/px that "
                 f"the student was trained on (threshold {model.config.threshold:g}, min_area {min_area:g} um2)?"
             )
             raise ValueError(msg)
@@ -382,7 +403,7 @@ def _cells(
 
 def _measured(block: Block, plane: _Plane) -> tuple[pd.DataFrame, np.ndarray]:
     """Measures and outlines of the objects of a block, in um."""
-    cells, polygons = measure(block.labels, np.asarray(plane.pixels[block.window]))
+    cells, polygons = measure(block.labels, np.asarray(plane.pixels[(0, *block.window)]))
     corner = np.array([block.window[1].start, block.window[0].start])
 
     def to_um(xy: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A trained student: from one channel to objects; saved as other models of the package are."""
+"""A trained student: from one channel, or a few, to objects; saved as other models of the package are."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from histoniche.models._directory import read_directory, weights_digest, write_d
 from ._augment import padded
 from ._fields import STRETCH
 from ._instances import instances
-from ._students import DECODER_CHANNELS, STUDENTS, build_student, count_parameters
+from ._students import DECODER_CHANNELS, STUDENTS, build_student, count_parameters, is_plain_vit
 from ._targets import OUTPUTS
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ class SegmenterConfig:
     ----------
     encoder
         Name of the student, or of a timm model.
-    channel
-        Channel that it sees.
+    channels
+        Channels that it sees, in this order.
     um_per_px
         Resolution that it was trained at; ``None`` where that is unknown.
     stretch
@@ -52,7 +52,7 @@ class SegmenterConfig:
     """
 
     encoder: str
-    channel: str
+    channels: list[str]
     um_per_px: float | None = None
     stretch: list[float] = field(default_factory=lambda: list(STRETCH))
     decoder_channels: list[int] = field(default_factory=lambda: list(DECODER_CHANNELS))
@@ -66,7 +66,7 @@ class SegmenterConfig:
 
 
 class Segmenter:
-    """A student that segments one channel.
+    """A student that segments one channel, or a few.
 
     Parameters
     ----------
@@ -84,7 +84,7 @@ class Segmenter:
     config
         Configuration.
     module
-        The torch module: (B, 1, y, x) in 0 to 1, y and x multiples of 32, to logits (B, 2, y, x).
+        The torch module: (B, c, y, x) in 0 to 1, y and x multiples of 32, to logits (B, 2, y, x).
     history
         Figures of the training, one list per figure and one value per step; empty after loading. ``loss``, the terms by name,
         and where their weights are learnt ``s <term>``: the term's weight is exp(-s) / 2. With validation fields also
@@ -104,17 +104,18 @@ class Segmenter:
         self.module: nn.Module = (
             build_student(
                 config.encoder, pretrained=pretrained, weights=weights,
-                decoder_channels=tuple(config.decoder_channels), seed=seed,
+                decoder_channels=tuple(config.decoder_channels), n_channels=len(config.channels), seed=seed,
             )
             .to(memory_format=torch.channels_last)
             .eval()
         )  # fmt: skip
 
     def __repr__(self) -> str:
-        """One line: encoder, channel, resolution, parameters."""
+        """One line: encoder, channels, resolution, parameters."""
         c = self.config
         scale = "unknown um/px" if c.um_per_px is None else f"{c.um_per_px:.3g} um/px"
-        return f"Segmenter({c.encoder!r}, channel={c.channel!r}, {scale}, {self.n_parameters / 1e6:.1f} M parameters)"
+        seen = ", ".join(c.channels)
+        return f"Segmenter({c.encoder!r}, channels=[{seen}], {scale}, {self.n_parameters / 1e6:.1f} M parameters)"
 
     @property
     def n_parameters(self) -> int:
@@ -133,7 +134,7 @@ class Segmenter:
         Parameters
         ----------
         pixels
-            (B, y, x) float32, the channel stretched to 0 to 1.
+            (B, c, y, x) float32, channels stretched to 0 to 1.
 
         Returns
         -------
@@ -141,7 +142,7 @@ class Segmenter:
         """
         fabric = make_fabric()
         module = self.module.to(fabric.device).eval()
-        x = torch.from_numpy(np.ascontiguousarray(pixels, dtype=np.float32))[:, None].to(fabric.device)
+        x = torch.from_numpy(np.ascontiguousarray(pixels, dtype=np.float32)).to(fabric.device)
         with fabric.autocast():
             logits: Tensor = module(padded(x, _STRIDE).contiguous(memory_format=torch.channels_last))
         return logits.float().sigmoid()[..., : x.shape[-2], : x.shape[-1]].cpu().numpy()
@@ -152,7 +153,7 @@ class Segmenter:
         Parameters
         ----------
         item
-            Field with the channel of the configuration.
+            Field with the channels of the configuration.
 
         Returns
         -------
@@ -165,8 +166,30 @@ class Segmenter:
         ValueError
             Its um/px is not that of the student.
         """
+        return self.instances(self.predict_field(item))
+
+    def predict_field(self, item: Field) -> np.ndarray:
+        """Maps of a field that fits into memory.
+
+        Parameters
+        ----------
+        item
+            Field with the channels of the configuration.
+
+        Returns
+        -------
+        (2, y, x) float32: foreground and boundary. A structure that has no objects, such as vessels, is where foreground
+        exceeds the configuration's ``threshold``.
+
+        Raises
+        ------
+        KeyError
+            The field has no such channel.
+        ValueError
+            Its um/px is not that of the student.
+        """
         check_scale(self.config.um_per_px, item.um_per_px, f"field {item.name!r}")
-        return self.instances(self.predict_maps(item.read([self.config.channel]))[0])
+        return self.predict_maps(item.read(self.config.channels)[None])[0]
 
     def instances(self, maps: np.ndarray) -> np.ndarray:
         """Objects of maps (2, y, x), with the settings of the configuration: (y, x) int32."""
@@ -232,10 +255,12 @@ class Segmenter:
         """Model card, in Markdown."""
         c = self.config
         paper = f" (the paper's {c.encoder}: {STUDENTS[c.encoder][1]:g} M)" if c.encoder in STUDENTS else ""
+        seen = ", ".join(f"`{name}`" for name in c.channels)
+        kind = "DPT" if is_plain_vit(c.encoder) else "U-Net"
         lines = [
             "# Segmentation student",
             "",
-            f"Segments channel `{c.channel}` into objects: U-Net over `{c.encoder}`, {self.n_parameters / 1e6:.2f} M parameters{paper}.",
+            f"Segments {seen}: {kind} over `{c.encoder}`, {self.n_parameters / 1e6:.2f} M parameters{paper}.",
             "",
             f"- resolution: {'unknown' if c.um_per_px is None else f'{c.um_per_px:g} um/px'}",
             f"- values: percentiles {c.stretch[0]:g} and {c.stretch[1]:g} of the image become 0 and 1",

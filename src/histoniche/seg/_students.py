@@ -1,4 +1,4 @@
-"""Students: U-Nets of one channel over small encoders."""
+"""Students: U-Nets over small encoders, or a light DPT over a plain vision Transformer."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ STUDENTS = {
     "resnet18": ("resnet18", 11.0),
     "efficientnet-b0": ("efficientnet_b0", 5.3),
     "mobilenetv3-small": ("mobilenetv3_small_100", 1.5),
+    "vit-tiny": ("vit_tiny_patch16_224", 5.7),
 }
-"""Names of the paper's students: model of timm, and the paper's millions of parameters."""
+"""Names of the papers' students: model of timm, and millions of parameters as the papers, or its authors (ViT), give them."""
 
 
 def build_student(
@@ -38,7 +39,9 @@ def build_student(
     n_channels: int = 1,
     seed: int = 0,
 ) -> nn.Module:
-    """Make a U-Net of segmentation-models-pytorch over an encoder of timm.
+    """Make a network of segmentation-models-pytorch over an encoder of timm.
+
+    A U-Net; over a plain vision Transformer a DPT, which reads four of its blocks.
 
     Parameters
     ----------
@@ -49,7 +52,7 @@ def build_student(
     weights
         Local file with the encoder's weights, instead of the hub's (``.safetensors``, or ``.pth`` that holds tensors alone).
     decoder_channels
-        Width of the five levels of the decoder.
+        Width of the five levels of the U-Net's decoder; those of a DPT follow from the first.
     n_channels
         Channels of the image.
     seed
@@ -83,12 +86,21 @@ def build_student(
         options["pretrained_cfg_overlay"] = {"file": str(weights)}
     if "swin" in name:  # windows do not depend on the size of the image, if asked not to
         options |= {"img_size": 224, "strict_img_size": False}
+    if is_plain_vit(name):
+        network, width = smp.DPT, decoder_channels[0]
+        options |= {
+            "dynamic_img_size": True, "decoder_fusion_channels": width // 2,
+            "decoder_intermediate_channels": (width // 4, width // 2, width, width),
+        }  # fmt: skip
+    else:
+        network = smp.Unet
+        options["decoder_channels"] = decoder_channels
     try:
         with isolated_rng(seed), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            module = smp.Unet(
+            module = network(
                 f"tu-{name}", encoder_weights=True if pretrained or weights is not None else None,
-                in_channels=n_channels, classes=len(OUTPUTS), decoder_channels=decoder_channels, **options,
+                in_channels=n_channels, classes=len(OUTPUTS), **options,
             )  # fmt: skip
     except (OSError, RuntimeError) as error:
         if not (pretrained or weights is not None):
@@ -101,6 +113,11 @@ def build_student(
     if weights is not None:
         _check_loaded(module.encoder, Path(weights), encoder)
     return module
+
+
+def is_plain_vit(encoder: str) -> bool:
+    """Whether an encoder is a Transformer of one resolution, whose blocks a DPT reads."""
+    return STUDENTS.get(encoder, (encoder, 0))[0].removeprefix("timm/").startswith(("vit_", "deit"))
 
 
 def _check_loaded(encoder: nn.Module, path: Path, name: str) -> None:
@@ -124,9 +141,9 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def list_students() -> pd.DataFrame:
-    """Parameters of the paper's students, in millions, as built here and as the paper gives them.
+    """Parameters of the papers' students, in millions, as built here and as the papers give them.
 
-    The paper counts encoders, some with the classifier that a U-Net drops; the decoder comes on top.
+    The papers count encoders, some with the classifier that a U-Net drops; the decoder comes on top.
 
     Returns
     -------

@@ -47,9 +47,9 @@ def tiled_maps(
     Parameters
     ----------
     plane
-        (y, x) real array, lazy or in memory.
+        (..., y, x) real array, lazy or in memory: one channel, or several.
     predict
-        Makes (B, 2, y, x) float32 of (B, y, x) float32. It is never called by two threads at once.
+        Makes (B, 2, y, x) float32 of (B, ..., y, x) float32. It is never called by two threads at once.
     tile, overlap
         Width of a tile and of the part that it shares with the next, in px; multiples of 32.
     batch_size
@@ -76,7 +76,7 @@ def tiled_maps(
         with lock:
             return predict(batch)
 
-    (rows, row_edges), (columns, column_edges) = (_layout(length, tile, overlap) for length in plane.shape)
+    (rows, row_edges), (columns, column_edges) = (_layout(length, tile, overlap) for length in plane.shape[-2:])
     n_full = len(columns) - (len(columns[-1]) < len(columns[0]))  # a narrower last tile is a batch of its own
     firsts = [*range(0, n_full, batch_size), *range(n_full, len(columns))]
     groups = [columns[first:last] for first, last in itertools.pairwise([*firsts, len(columns)])]
@@ -110,10 +110,10 @@ def _layout(length: int, tile: int, overlap: int) -> tuple[list[np.ndarray], lis
 def _strip(plane: Any, predict: Callable[[np.ndarray], np.ndarray], row: np.ndarray, group: list[np.ndarray]) -> Any:
     """Prediction of neighbouring tiles of a row, (B, 2, y, x), delayed."""
     top, left = int(row.min()), int(min(column.min() for column in group))
-    window = plane[top : int(row.max()) + 1, left : int(max(column.max() for column in group)) + 1]
+    window = plane[..., top : int(row.max()) + 1, left : int(max(column.max() for column in group)) + 1]
 
     def predicted(pixels: np.ndarray) -> np.ndarray:
-        batch = [pixels[(row - top)[:, None], (column - left)[None]] for column in group]
+        batch = [pixels[..., (row - top)[:, None], (column - left)[None]] for column in group]
         return predict(np.stack(batch).astype(np.float32))
 
     return dask.delayed(predicted, pure=False)(window)
