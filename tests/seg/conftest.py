@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor, nn
 
+from histoniche._random import isolated_rng
 from histoniche.seg import Field
+from histoniche.seg.teachers import PromptedTeacher, Prompts
 
 
 def discs(seed: int, size: int = 96, n: int = 12, radius: int = 8) -> np.ndarray:
@@ -37,3 +41,44 @@ def nuclei(seed: int, size: int = 96, name: str | None = None) -> Field:
 def fields() -> list[Field]:
     """Six fields of nuclei."""
     return [nuclei(seed) for seed in range(6)]
+
+
+class Encoder(nn.Module):
+    """Four blocks of a linear layer over cells of 4 px."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 8, 4, stride=4)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, rgb: Tensor) -> Tensor:
+        maps = self.embed(rgb).permute(0, 2, 3, 1)
+        for layer in self.layers:
+            maps = maps + torch.tanh(layer(maps))
+        return maps.permute(0, 3, 1, 2)
+
+
+class Tiny(PromptedTeacher):
+    """A teacher of the SAM family with that encoder."""
+
+    lora_targets = r"layers\.\d"
+
+    def __init__(self) -> None:
+        with isolated_rng(0):
+            net = Encoder()
+        super().__init__(net, ("DAPI",), prompts=Prompts(), name="tiny", licence="CC0", input_px=64, gamma=1.0)
+
+    def encode(self, rgb: Tensor) -> Tensor:
+        return self.module(rgb)
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.module.layers)
+
+    def decode(self, embedding: Tensor, prompts: Tensor, *, boxes: bool) -> tuple[Tensor, Tensor]:
+        raise AssertionError
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher() -> type[Tiny]:
+    """Makes a teacher that costs nothing."""
+    return Tiny

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from histoniche.seg import DistillationLoss, UncertaintyWeights
-from histoniche.seg._losses import TERMS, cross_entropy_and_dice
+from histoniche.seg._losses import DEFAULT_TERMS, HiddenAlignment, cross_entropy_and_dice
 
 
 def _inputs(seed: int = 0, n: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -32,7 +32,7 @@ def test_terms_against_plain_numpy() -> None:
     assert float(figures["supervised"]) == pytest.approx(np.mean(supervised), rel=1e-5)
 
 
-@pytest.mark.parametrize("terms", [*[(term,) for term in TERMS], TERMS])
+@pytest.mark.parametrize("terms", [*[(term,) for term in DEFAULT_TERMS], DEFAULT_TERMS])
 @pytest.mark.parametrize("uncertainty", [False, True])
 def test_gradients(terms: tuple[str, ...], uncertainty: bool) -> None:
     loss = DistillationLoss(terms, uncertainty=uncertainty).double()
@@ -101,3 +101,57 @@ def test_uncertainty_weights_are_bounded_and_logged() -> None:
 def test_unknown_terms(terms: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match="choose at least one of"):
         DistillationLoss(terms)
+
+
+# ------------------------------------------------------------------------------------------------- hidden features
+def test_hidden_distance_against_numpy() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mine, yours = torch.randn(2, 3, 4, 5, generator=generator), torch.randn(2, 6, 4, 5, generator=generator)
+    alignment = HiddenAlignment([3], [6])
+    weight, bias = (p.detach().numpy() for p in alignment.projections[0].parameters())
+    projected = np.einsum("oc,bchw->bohw", weight[:, :, 0, 0], mine.numpy()) + bias[:, None, None]
+
+    def normalised(x: np.ndarray) -> np.ndarray:
+        return (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-5)
+
+    expected = np.square(normalised(projected) - normalised(yours.numpy())).mean((1, 2, 3))
+    np.testing.assert_allclose(alignment([mine], [yours]).detach().numpy(), expected, rtol=1e-4)
+
+
+def test_hidden_distance_ignores_scale_and_offset_and_averages_layers() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(2, 4, 3, 3, generator=generator)
+    alignment = HiddenAlignment([4, 4], [4, 4])
+    with torch.no_grad():
+        for projection in alignment.projections:
+            projection.weight.copy_(torch.eye(4)[:, :, None, None])
+            projection.bias.zero_()
+    same = alignment([features, features], [5 * features + 2, features])
+    assert same.max() < 1e-4
+    far = alignment([features, features], [-features, features])
+    np.testing.assert_allclose(far.detach(), torch.full((2,), 2.0), atol=1e-3)  # (2x)^2 of variance 1, over two layers
+
+
+def test_hidden_distance_counts_only_what_the_teacher_saw() -> None:
+    loss = DistillationLoss(["hidden"], uncertainty=False)
+    logits, maps = torch.zeros(3, 2, 4, 4), torch.zeros(3, 2, 4, 4)
+    total, figures = loss(logits, maps, torch.tensor([0.0, 1.0, 0.0]), torch.tensor([1.0, 50.0, 3.0]))
+    assert total.item() == figures["hidden"].item() == pytest.approx(2.0)
+    with pytest.raises(ValueError, match="needs the distance of hidden features"):
+        loss(logits, maps, torch.zeros(3))
+
+
+def test_hidden_distance_has_a_gradient() -> None:
+    alignment = HiddenAlignment([2], [3]).double()
+    mine = torch.randn(1, 2, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    yours = torch.randn(1, 3, 2, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weight = alignment.projections[0].weight
+    alignment([mine], [yours]).sum().backward()
+    step = 1e-2
+    with torch.no_grad():
+        weight[0, 0] += step
+        above = alignment([mine], [yours]).sum()
+        weight[0, 0] -= 2 * step
+        below = alignment([mine], [yours]).sum()
+    assert weight.grad is not None
+    assert weight.grad[0, 0].item() == pytest.approx(float(above - below) / (2 * step), rel=0.02)

@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor, nn
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -19,11 +21,18 @@ FORMAT = 1
 
 
 def write_directory(
-    path: Path, config: dict[str, Any], weights: dict[str, Tensor], card: str, *, overwrite: bool
+    path: Path,
+    config: dict[str, Any],
+    weights: dict[str, Tensor],
+    card: str,
+    *,
+    overwrite: bool,
+    more: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a model directory, whole or not at all.
 
     It is made beside its place and moved there when complete, so that a model of the same name survives a failure.
+    ``more`` writes further files to the directory that it is given.
     """
     check_free(path, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -33,6 +42,8 @@ def write_directory(
         (made / CONFIG).write_text(json.dumps({"format": FORMAT, **config}, indent=2) + "\n", encoding="utf-8")
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, made / WEIGHTS)
         (made / CARD).write_text(card, encoding="utf-8")
+        if more is not None:
+            more(made)
         if path.exists():
             path.rename(Path(folder) / "replaced")
         made.rename(path)

@@ -33,6 +33,12 @@ def training_patch(stack: np.ndarray, n_channels: int, size: int, rng: np.random
     -------
     (c + 2, size, size) float32.
     """
+    patch = turned_patch(stack, size, rng)
+    return torch.cat([relit(patch[:n_channels], rng), patch[n_channels:]]).clamp(0, 1)
+
+
+def turned_patch(stack: np.ndarray, size: int, rng: np.random.Generator) -> Tensor:
+    """Draw a window of (c, y, x) float32, turned, scaled and mirrored: (c, size, size)."""
     window = random_window(stack, int(np.ceil(_SLACK * size)), size, rng)
     turned = tv.affine(
         torch.from_numpy(window), angle=float(rng.uniform(-_ANGLE, _ANGLE)) + 90.0 * int(rng.integers(4)),
@@ -42,7 +48,13 @@ def training_patch(stack: np.ndarray, n_channels: int, size: int, rng: np.random
     patch = tv.center_crop(turned, [size, size])
     if rng.random() < 0.5:
         patch = tv.horizontal_flip(patch)
-    return torch.cat([relit(patch[:n_channels], rng), patch[n_channels:]]).clamp(0, 1)
+    return patch
+
+
+def quarter_turned(maps: Tensor, turns: int, *, mirrored: bool) -> Tensor:
+    """Turn (c, y, x) by quarters, then mirror it: the same for pixels and for features of any grid."""
+    turned = torch.rot90(maps, turns, (1, 2))
+    return turned.flip(2) if mirrored else turned
 
 
 def random_window(stack: np.ndarray, width: int, size: int, rng: np.random.Generator) -> np.ndarray:

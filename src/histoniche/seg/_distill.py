@@ -7,16 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ._alignment import align
 from ._fields import STRETCH
 from ._fit import EarlyStopping, Stacks, fit
-from ._losses import TERMS, DistillationLoss
+from ._losses import DEFAULT_TERMS, DistillationLoss
 from ._segmenter import Segmenter, SegmenterConfig, check_scale
 from .teachers._cache import teach
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from ._fields import Field
+    from ._fit import Alignment
     from .teachers import Teacher
 
 _LEAST_PATCH = 32
@@ -32,9 +34,11 @@ def distill(
     student: str | Segmenter = "resnet18",
     pretrained: bool = True,
     weights: str | Path | None = None,
-    terms: Sequence[str] = TERMS,
+    terms: Sequence[str] = DEFAULT_TERMS,
     uncertainty: bool = True,
     hard: bool = False,
+    layers: Mapping[int, str] | None = None,
+    n_views: int = 4,
     n_steps: int = 1000,
     batch_size: int = 8,
     patch_px: int = 128,
@@ -71,11 +75,20 @@ def distill(
     pretrained, weights
         Whether the encoder starts from ImageNet weights, of the hub or of a local file.
     terms
-        Terms of the loss: ``"probability"``, ``"boundary"``, ``"supervised"`` (used where there are labelled fields).
+        Terms of the loss: ``"probability"``, ``"boundary"``, ``"supervised"`` (used where there are labelled fields), and
+        ``"hidden"``, the alignment of hidden layers. With ``"hidden"`` alone the teacher is not asked for maps: what any
+        task could use is learnt, and a decoder is still to be trained (task-agnostic distillation).
     uncertainty
         Whether the terms' weights are learnt.
     hard
         Whether the teacher's maps are cut at 0.5 to pseudo-labels: a control.
+    layers
+        With ``"hidden"``: which of the student's layers are compared with which of the teacher's hidden features, such as
+        ``{3: "block11"}``. Layers of a ViT student are blocks 2, 5, 8 and 11, those of a U-Net its three coarsest. By default
+        all of them, with blocks of the teacher that are spread evenly.
+    n_views
+        With ``"hidden"``: patches of each field, turned and scaled, that the teacher sees, and from which the student learns.
+        Otherwise the teacher sees whole fields, and patches are new in every step.
     n_steps, batch_size, patch_px, lr, weight_decay
         Schedule; patches of ``patch_px`` px, a multiple of 32.
     labelled_share
@@ -104,11 +117,12 @@ def distill(
         The encoder's weights cannot be had.
     ValueError
         No fields; fields of different um/px; images smaller than a patch; constant channels; labels of one class;
-        settings out of range; a damaged cache or checkpoint.
+        settings out of range; a damaged cache or checkpoint; a teacher without hidden features, layers that one of the two
+        does not have, or grids that do not match.
 
     References
     ----------
-    Cross-modal distillation: arXiv 2606.00928; uncertainty weights: Kendall et al. 2018, doi 10.1109/CVPR.2018.00781.
+    Cross-modal distillation: arXiv 2606.00928; alignment of hidden layers: arXiv 2503.06976; uncertainty weights: Kendall et al. 2018, doi 10.1109/CVPR.2018.00781.
     """
     fields, labelled = list(fields), list(labelled)
     if not fields:
@@ -121,17 +135,27 @@ def distill(
         student, channels, fields[0].um_per_px, pretrained=pretrained, weights=weights, seed=seed,
         teacher={"name": teacher.name, "licence": teacher.licence},
     )  # fmt: skip
-    maps = teach(fields, teacher=teacher, cache=cache)
+    alignment: Alignment | None = None
+    hidden: list[list[np.ndarray]] = []
+    n_fields = len(fields)
+    if "hidden" in loss.terms:
+        fields, maps, hidden, alignment = align(
+            segmenter, fields, teacher, layers=layers, maps=bool({"probability", "boundary"} & set(loss.terms)),
+            n_views=n_views, patch_px=patch_px, cache=cache, seed=seed,
+        )  # fmt: skip
+    else:
+        maps = teach(fields, teacher=teacher, cache=cache)
     if hard:
         maps = [(found > 0.5).astype(np.float32) for found in maps]
     segmenter.config.training = {
-        "terms": list(loss.terms), "uncertainty weights": uncertainty, "hard": hard, "fields": len(fields),
+        "terms": list(loss.terms), "uncertainty weights": uncertainty, "hard": hard, "fields": n_fields,
         "labelled fields": len(labelled), "steps": n_steps, "batch": batch_size, "patch px": patch_px, "seed": seed,
     }  # fmt: skip
     return _run(
-        segmenter, Stacks(channels, [*fields, *labelled], maps), loss, validation, n_steps=n_steps,
+        segmenter, Stacks(channels, [*fields, *labelled], maps, hidden), loss, validation, n_steps=n_steps,
         batch_size=batch_size, patch_px=patch_px, labelled_share=labelled_share, lr=lr, weight_decay=weight_decay,
         patience=patience, checkpoint=checkpoint, checkpoint_every=checkpoint_every, seed=seed, description="distil",
+        alignment=alignment,
     )  # fmt: skip
 
 

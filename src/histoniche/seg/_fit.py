@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,8 @@ from histoniche._random import isolated_rng
 from histoniche.models._checkpoint import Checkpoint
 from histoniche.models._training import epoch_batches, train
 
-from ._augment import training_patch
+from ._augment import quarter_turned, relit, training_patch
+from ._students import hidden_layers
 from ._targets import maps_of_labels
 
 if TYPE_CHECKING:
@@ -24,14 +26,30 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ._fields import Field
-    from ._losses import DistillationLoss
+    from ._losses import DistillationLoss, HiddenAlignment
     from ._segmenter import Segmenter
 
-_Batch = tuple[np.ndarray, np.ndarray]
+_Batch = tuple[np.ndarray, ...]
 _KEPT_BYTES = 2_000_000_000
 _EPOCH_BATCHES = 8
 _WEIGHTS_FASTER = 50.0
 """The weights of a loss are learnt this many times faster than the network, or they would stay where they began."""
+
+
+@dataclass
+class Alignment:
+    """Which of a student's layers are compared with the teacher's, and how.
+
+    Attributes
+    ----------
+    layers
+        Numbers of the student's layers, in the order of :func:`hidden_layers`.
+    distance
+        Their distance from the teacher's.
+    """
+
+    layers: list[int]
+    distance: HiddenAlignment
 
 
 class Stacks:
@@ -45,10 +63,18 @@ class Stacks:
         Fields; those with maps first, then those whose labels are the target.
     maps
         (2, y, x) of the first fields.
+    hidden
+        Hidden features (c, h, w) of each layer, of every field with maps; such fields are patches, seen as they are.
     """
 
-    def __init__(self, channels: Sequence[str], fields: Sequence[Field], maps: Sequence[np.ndarray]) -> None:
-        self.channels, self.fields, self.maps = list(channels), list(fields), list(maps)
+    def __init__(
+        self,
+        channels: Sequence[str],
+        fields: Sequence[Field],
+        maps: Sequence[np.ndarray],
+        hidden: Sequence[Sequence[np.ndarray]] = (),
+    ) -> None:
+        self.channels, self.fields, self.maps, self.hidden = list(channels), list(fields), list(maps), list(hidden)
         self._kept: dict[int, np.ndarray] = {}
         self._bytes = 0
         self._lock = Lock()
@@ -74,11 +100,29 @@ class Stacks:
                 self._bytes += stack.nbytes
         return stack
 
+    def patch(self, row: int, size: int, rng: np.random.Generator) -> list[np.ndarray]:
+        """Augmented patch (c + 2, size, size), and hidden features that fit it, 0 for fields with labels."""
+        n = len(self.channels)
+        if not self.hidden:
+            return [training_patch(self[row], n, size, rng).numpy()]
+        if self.labelled(row):
+            nothing = [np.zeros_like(layer) for layer in self.hidden[0]]
+            return [training_patch(self[row], n, size, rng).numpy(), *nothing]
+        turns, mirrored = int(rng.integers(4)), bool(rng.integers(2))
+        stack, *hidden = (
+            quarter_turned(torch.from_numpy(maps), turns, mirrored=mirrored) for maps in (self[row], *self.hidden[row])
+        )
+        stack = torch.cat([relit(stack[:n], rng).clamp(0, 1), stack[n:]])
+        return [stack.numpy(), *(layer.numpy() for layer in hidden)]
+
     def fingerprint(self) -> str:
         """SHA-256 of all pixels and targets."""
         sha = hashlib.sha256()
         for row in range(len(self)):
             sha.update(np.ascontiguousarray(self[row]).tobytes())
+        for layers in self.hidden:
+            for layer in layers:
+                sha.update(np.ascontiguousarray(layer).tobytes())
         return sha.hexdigest()[:16]
 
 
@@ -132,12 +176,26 @@ class EarlyStopping:
 class _Distiller(nn.Module):
     """Student and loss, so that one optimiser trains both."""
 
-    def __init__(self, student: nn.Module, loss: DistillationLoss) -> None:
+    def __init__(self, student: nn.Module, loss: DistillationLoss, alignment: Alignment | None) -> None:
         super().__init__()
         self.student, self.loss = student, loss
+        self.layers = [] if alignment is None else alignment.layers
+        self.alignment = None if alignment is None else alignment.distance
 
-    def forward(self, pixels: Tensor, maps: Tensor, labelled: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.loss(self.student(pixels), maps, labelled)
+    def forward(
+        self, pixels: Tensor, maps: Tensor, labelled: Tensor, *teacher: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.alignment is None:
+            return self.loss(self.student(pixels), maps, labelled)
+        seen: list[Any] = []
+        handle = self.student.encoder.register_forward_hook(lambda _, __, output: seen.append(output))
+        try:
+            logits = self.student(pixels)
+        finally:
+            handle.remove()
+        features = hidden_layers(seen[0])
+        hidden = self.alignment([features[layer] for layer in self.layers], teacher)
+        return self.loss(logits, maps, labelled, hidden)
 
 
 def fit(
@@ -156,6 +214,7 @@ def fit(
     checkpoint_every: int,
     seed: int,
     description: str,
+    alignment: Alignment | None = None,
 ) -> None:
     """Train a student in place.
 
@@ -179,23 +238,26 @@ def fit(
         Decides patches, their augmentation, and dropout.
     description
         Text of the progress bar.
+    alignment
+        How hidden features are compared, where the stacks have some.
     """
     pick = _picker(stacks, batch_size, labelled_share, seed)
 
     def make(step: int) -> _Batch:
         rows = pick(step)
-        patches = []
-        for place, row in enumerate(rows):
-            rng = np.random.default_rng([seed, 3, step, place])
-            patches.append(training_patch(stacks[row], len(stacks.channels), patch_px, rng).numpy())
-        return np.stack(patches), np.array([stacks.labelled(row) for row in rows], dtype=np.float32)
+        patches = [
+            stacks.patch(row, patch_px, np.random.default_rng([seed, 3, step, place])) for place, row in enumerate(rows)
+        ]
+        labelled = np.array([stacks.labelled(row) for row in rows], dtype=np.float32)
+        pixels, *hidden = (np.stack(arrays) for arrays in zip(*patches, strict=True))
+        return pixels, labelled, *hidden
 
     def batch_loss(module: nn.Module, batch: _Batch, device: torch.device) -> tuple[Tensor, dict[str, float | Tensor]]:
-        patches, labelled = (to_device(array, device) for array in batch)
+        patches, labelled, *hidden = (to_device(array, device) for array in batch)
         pixels = patches[:, :-2].contiguous(memory_format=torch.channels_last)
-        return module(pixels, patches[:, -2:], labelled)
+        return module(pixels, patches[:, -2:], labelled, *hidden)
 
-    distiller = _Distiller(segmenter.module, loss)
+    distiller = _Distiller(segmenter.module, loss, alignment)
     keep = None
     if checkpoint is not None:
         settings = [repr(segmenter), segmenter.digest, loss.terms, loss.weights is not None, n_steps, batch_size]

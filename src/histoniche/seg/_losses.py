@@ -11,7 +11,8 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-TERMS = ("probability", "boundary", "supervised")
+TERMS = ("probability", "boundary", "hidden", "supervised")
+DEFAULT_TERMS = ("probability", "boundary", "supervised")
 _BOUND = 8.0
 
 
@@ -49,12 +50,51 @@ class UncertaintyWeights(nn.Module):
         return ((torch.exp(-s) * losses + s) / 2).sum()
 
 
+class HiddenAlignment(nn.Module):
+    """Distance of a student's hidden features from its teacher's, layer by layer.
+
+    Each of the student's layers is projected to the width of the teacher's; both are normalised over their features at every
+    place (LayerNorm without scale), and compared by their mean squared error: 0 where they agree up to scale and offset, 2
+    where they have nothing in common.
+
+    Parameters
+    ----------
+    widths
+        Features of each of the student's layers.
+    teacher_widths
+        Features of the teacher's layer that each is compared with.
+
+    References
+    ----------
+    Liang et al. 2025, arXiv 2503.06976.
+    """
+
+    def __init__(self, widths: Sequence[int], teacher_widths: Sequence[int]) -> None:
+        super().__init__()
+        pairs = zip(widths, teacher_widths, strict=True)
+        self.projections = nn.ModuleList(nn.Conv2d(mine, yours, 1) for mine, yours in pairs)
+
+    def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+        """Mean distance over layers and places, (B,), of features (B, c, h, w) of each layer."""
+        errors = []
+        for project, mine, yours in zip(self.projections, student, teacher, strict=True):
+            error = (_normalised(project(mine)) - _normalised(yours)).square()
+            errors.append(error.mean(dim=(1, 2, 3)))
+        return torch.stack(errors).mean(dim=0)
+
+
+def _normalised(features: Tensor) -> Tensor:
+    """Mean 0 and variance 1 over the features of every place; (B, h, w, c)."""
+    moved = features.float().permute(0, 2, 3, 1)
+    return F.layer_norm(moved, moved.shape[-1:])
+
+
 class DistillationLoss(nn.Module):
     """Loss of maps that a student predicts.
 
     *probability*: mean squared error of the foreground's probability and the teacher's. *boundary*: mean squared error of the
     probability of a boundary and the teacher's, whose boundary is that of each object, so that objects that touch stay
-    apart. *supervised*: cross-entropy and soft Dice of both maps with those of the labels, on items with labels. Where
+    apart. *hidden*: distance of hidden features, see :class:`HiddenAlignment`. *supervised*: cross-entropy and soft Dice of both maps with those of the labels, on items with labels. Where
     ``uncertainty`` is false, terms are added with weights of one.
 
     Parameters
@@ -65,7 +105,7 @@ class DistillationLoss(nn.Module):
         Whether weights are learnt.
     """
 
-    def __init__(self, terms: Sequence[str] = TERMS, *, uncertainty: bool = True) -> None:
+    def __init__(self, terms: Sequence[str] = DEFAULT_TERMS, *, uncertainty: bool = True) -> None:
         super().__init__()
         unknown = [term for term in terms if term not in TERMS]
         if unknown or not terms:
@@ -74,7 +114,9 @@ class DistillationLoss(nn.Module):
         self.terms = tuple(term for term in TERMS if term in terms)
         self.weights = UncertaintyWeights(len(self.terms)) if uncertainty else None
 
-    def forward(self, logits: Tensor, maps: Tensor, labelled: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, logits: Tensor, maps: Tensor, labelled: Tensor, hidden: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Total, and figures to record.
 
         Parameters
@@ -85,6 +127,8 @@ class DistillationLoss(nn.Module):
             (B, 2, y, x) targets: the labels' where ``labelled``, else the teacher's.
         labelled
             (B,) 1 for items with labels, 0 for those of the teacher.
+        hidden
+            (B,) distance of hidden features, where that is a term.
         """
         logits = logits.float()
         taught = 1 - labelled
@@ -93,6 +137,11 @@ class DistillationLoss(nn.Module):
         for term in self.terms:
             if term == "supervised":
                 figures[term] = weighted_mean(cross_entropy_and_dice(logits, maps), labelled)
+            elif term == "hidden":
+                if hidden is None:
+                    msg = 'The term "hidden" needs the distance of hidden features.'
+                    raise ValueError(msg)
+                figures[term] = weighted_mean(hidden, taught)
             else:
                 row = TERMS.index(term)
                 error = (probability[:, row] - maps[:, row]).square().mean(dim=(1, 2))

@@ -1,197 +1,35 @@
-"""Readers of published data sets and of folders: images with instance labels become fields."""
+"""Readers of BBBC038 and of folders: images with instance labels become fields."""
 
 from __future__ import annotations
 
-import io
-import struct
-import warnings
 import zipfile
-import zlib
 from collections import Counter, defaultdict
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NoReturn, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import tifffile
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from scipy import ndimage
 from tqdm.auto import tqdm
 
 from histoniche._settings import settings
 
 from ._fields import Field
+from ._files import UNREADABLE, bad, check, decode, noted, settled, unreadable, whole_numbers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-OnError = Literal["raise", "warn"]
+    from ._files import OnError
+
 Kind = Literal["fluorescence", "brightfield", "histology"]
 
-TISSUENET_CHANNELS = ("nuclear", "membrane")
-_TISSUENET_LABELS = ("whole_cell", "nuclear")
-# A file that is cut, mislabelled or of another format raises any of these in the decoders.
-_UNREADABLE = (
-    OSError, ValueError, TypeError, LookupError, EOFError, SyntaxError, RuntimeError, struct.error, zlib.error,
-    zipfile.BadZipFile, Image.DecompressionBombError,
-)  # fmt: skip
 _SUFFIXES = (".png", ".tif", ".tiff", ".npy")
 # Images of BBBC038 are exactly grey, or their channels differ by 15 and more on average; the median of a dark image is
 # below 45, of a bright one above 135.
 _COLOURED, _BRIGHT = 4, 100
-_LARGEST = np.iinfo(np.int32).max
-
-
-class _BadFileError(Exception):
-    """What is wrong with the files of one field."""
-
-
-def _bad(*problems: str) -> NoReturn:
-    raise _BadFileError(*problems)
-
-
-@contextmanager
-def _noted(problems: list[str]) -> Iterator[None]:
-    """Go on after a bad file, and note what is wrong."""
-    try:
-        yield
-    except _BadFileError as error:
-        problems += error.args
-
-
-def _settled(fields: list[Field], problems: list[str], on_error: OnError, path: Path, found: str = "") -> list[Field]:
-    """Fields, after all bad files were reported at once."""
-    msg = f"{path}: {len(problems)} bad file(s):\n" + "\n".join(f"- {problem}" for problem in problems)
-    if problems and on_error == "raise":
-        msg += '\nRepair or remove them, or pass on_error="warn" to leave these fields out.'
-        raise ValueError(msg)
-    if problems:
-        warnings.warn(f"{msg}\nTheir fields were left out.", stacklevel=3)
-    if not fields:
-        msg = f"{path} has no field that could be read{found}."
-        raise ValueError(msg)
-    return fields
-
-
-def _check(on_error: OnError, limit: int | None = None, **choices: tuple[str, Sequence[str]]) -> None:
-    for name, (value, allowed) in {"on_error": (on_error, get_args(OnError)), **choices}.items():
-        if value not in allowed:
-            msg = f"{name}={value!r} is not among {list(allowed)}."
-            raise ValueError(msg)
-    if limit is not None and limit < 1:
-        msg = f"limit={limit} must be at least 1, or None for all."
-        raise ValueError(msg)
-
-
-# ------------------------------------------------------------------------------------------------------- TissueNet
-def read_tissuenet(
-    path: str | Path,
-    *,
-    channels: Sequence[str] = TISSUENET_CHANNELS,
-    target: Literal["whole_cell", "nuclear"] = "whole_cell",
-    um_per_px: float | None = None,
-    on_error: OnError = "raise",
-    limit: int | None = None,
-) -> list[Field]:
-    """Read a split of TissueNet.
-
-    The file has ``X`` (n, y, x, 2), nuclear and membrane channel, and ``y`` (n, y, x, 2), labels of whole cells and of
-    nuclei. ``meta``, ``tissue_list``, ``platform_list`` and whatever else it holds are not touched. Images are read one
-    by one: only the channels and the labels asked for are kept in memory.
-
-    Parameters
-    ----------
-    path
-        ``tissuenet_v1.x_{train,val,test}.npz``.
-    channels
-        Channels to keep, of ``"nuclear"`` and ``"membrane"``, in the order wanted.
-    target
-        Labels to keep.
-    um_per_px
-        Size of a pixel in um; TissueNet was resampled to about 0.5. The file does not say, so it is unknown (``None``)
-        by default.
-    on_error
-        ``"raise"``: an error that names every image with bad labels; ``"warn"``: a warning, and those are left out.
-    limit
-        Look only at the first images.
-
-    Returns
-    -------
-    One field an image, named ``<stem>:<number>``: image (c, y, x), floats as float32; labels (y, x) int32, without any
-    object where TissueNet has none.
-
-    Raises
-    ------
-    FileNotFoundError
-        No such file.
-    KeyError
-        The file lacks ``X`` or ``y``.
-    ValueError
-        No such channel; a file that is damaged or no npz; arrays of Python objects, or of other shapes; labels that are
-        no whole numbers from 0: every such image is named.
-
-    References
-    ----------
-    Greenwald et al., Whole-cell segmentation of tissue images with human-level performance using large-scale data
-    annotation and deep learning, Nature Biotechnology 40, 555 (2022).
-    """
-    path = Path(path)
-    for channel in channels or ("",):
-        _check(on_error, limit, target=(target, _TISSUENET_LABELS), channels=(channel, TISSUENET_CHANNELS))
-    take = [TISSUENET_CHANNELS.index(name) for name in channels]
-    fields: list[Field] = []
-    problems: list[str] = []
-    try:
-        with zipfile.ZipFile(path) as archive:
-            (shape, images), (shape_of_labels, labels) = (_npz_rows(archive, key, path) for key in ("X", "y"))
-            if shape != shape_of_labels or len(shape) != 4 or shape[-1] != 2 or 0 in shape:
-                msg = f"{path}: X {shape} and y {shape_of_labels} must both have the shape (n, y, x, 2)."
-                raise ValueError(msg)
-            pairs = islice(zip(images, labels, strict=True), limit)
-            total = min(shape[0], limit or shape[0])
-            for number, (x, y) in enumerate(tqdm(pairs, path.name, total, disable=not settings.progress)):
-                name = f"{path.stem}:{number:05d}"
-                image = np.ascontiguousarray(x[..., take].transpose(2, 0, 1))
-                if np.issubdtype(image.dtype, np.floating):
-                    image = image.astype(np.float32, copy=False)
-                with _noted(problems):
-                    numbers = _whole_numbers(y[..., _TISSUENET_LABELS.index(target)], name)
-                    fields.append(Field(name, image, tuple(channels), numbers, um_per_px))
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        msg = f"{path} is damaged or no npz file ({error}): download it again."
-        raise ValueError(msg) from error
-    return _settled(fields, problems, on_error, path)
-
-
-def _npz_rows(archive: zipfile.ZipFile, key: str, path: Path) -> tuple[tuple[int, ...], Iterator[np.ndarray]]:
-    """Shape of an array of an npz file, and its rows one after the other: numpy could only decompress all of it."""
-    names = archive.namelist()
-    if f"{key}.npy" not in names:
-        msg = f"{path} has no array {key!r}; it has {sorted(name.removesuffix('.npy') for name in names)}."
-        raise KeyError(msg)
-    file = archive.open(f"{key}.npy")
-    version = np.lib.format.read_magic(file)
-    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = header(file)
-    if dtype.hasobject or fortran:
-        why = "holds Python objects, and loading those could run code" if dtype.hasobject else "is in Fortran order"
-        msg = f"{path}: {key!r} {why}: save it again as one array of numbers, `np.ascontiguousarray({key})`."
-        raise ValueError(msg)
-    size = int(np.prod(shape[1:])) * dtype.itemsize
-    return shape, (np.frombuffer(file.read(size), dtype).reshape(shape[1:]) for _ in range(shape[0]))
-
-
-def _whole_numbers(labels: np.ndarray, name: str) -> np.ndarray:
-    """Labels as int32; floats are accepted where they are whole numbers."""
-    if not (np.issubdtype(labels.dtype, np.integer) or np.issubdtype(labels.dtype, np.floating)):
-        _bad(f"{name}: the labels have the type {labels.dtype}; integers are needed")
-    broken = labels[~(np.isfinite(labels) & (labels == np.rint(labels)))]
-    if broken.size:
-        _bad(f"{name}: the labels are floats that are no whole numbers, such as {broken[0]:g}")
-    if labels.size and (labels.min() < 0 or labels.max() > _LARGEST):
-        _bad(f"{name}: the labels go from {labels.min():g} to {labels.max():g}; 0 to {_LARGEST} is needed")
-    return labels.astype(np.int32)
 
 
 # --------------------------------------------------------------------------------------------------------- BBBC038
@@ -240,7 +78,7 @@ def read_bbbc038(
     """
     path = Path(path)
     for name in kinds or ("",):
-        _check(on_error, limit, kinds=(name, get_args(Kind)))
+        check(on_error, limit, kinds=(name, get_args(Kind)))
     fields: list[Field] = []
     problems: list[str] = []
     seen: Counter[str] = Counter()
@@ -253,17 +91,17 @@ def read_bbbc038(
             if len(fields) == limit:
                 break
             shape, earlier = None, len(problems)
-            with _noted(problems):
+            with noted(problems):
                 pixels, kind = _bbbc038_image(key, members["images"], read)
                 seen[kind] += 1
                 if kind not in kinds:
                     continue
                 shape = pixels.shape
-            with _noted(problems):
+            with noted(problems):
                 labels = _bbbc038_labels(key, sorted(members["masks"]), read, shape)
             if len(problems) == earlier:
                 fields.append(Field(key.rsplit("/", 1)[-1], pixels[None], ("DNA",), labels))
-    return _settled(fields, problems, on_error, path, f" of the kinds {list(kinds)}; there are {dict(seen)}")
+    return settled(fields, problems, on_error, path, f" of the kinds {list(kinds)}; there are {dict(seen)}")
 
 
 @contextmanager
@@ -299,8 +137,8 @@ def _bbbc038_groups(names: Sequence[str]) -> dict[str, dict[str, list[str]]]:
 def _bbbc038_image(key: str, names: list[str], read: Callable[[str], bytes]) -> tuple[np.ndarray, Kind]:
     """One bright channel, (y, x) uint8, and the kind of the image."""
     if len(names) != 1:
-        _bad(f"{key}: {len(names)} files in images/; one is needed")
-    picture = _png(read, names[0])
+        bad(f"{key}: {len(names)} files in images/; one is needed")
+    picture = decode(read, names[0])
     rgb = np.asarray(picture).astype(np.int16)
     luminance = np.asarray(picture.convert("L"))
     if (rgb.max(-1) - rgb.min(-1)).mean() > _COLOURED:
@@ -315,13 +153,13 @@ def _bbbc038_labels(
 ) -> np.ndarray:
     """Labels (y, x) int32; where the image is bad and has no shape, masks are checked on their own."""
     if not names:
-        _bad(f"{key}: no masks")
+        bad(f"{key}: no masks")
     problems: list[str] = []
     masks: list[np.ndarray] = []
     for name in names:
         mask = None
-        with _noted(problems):
-            mask = np.asarray(_png(read, name).convert("L")) > 0
+        with noted(problems):
+            mask = np.asarray(decode(read, name).convert("L")) > 0
         if mask is None:
             continue
         shape = shape or mask.shape
@@ -331,31 +169,14 @@ def _bbbc038_labels(
             problems.append(f"{name}: the mask has no pixel")
         masks.append(mask)
     if problems or shape is None:
-        _bad(*problems)
+        bad(*problems)
     labels = np.zeros(shape, dtype=np.int32)
     for number, mask in enumerate(masks, start=1):
         labels[mask] = number
     hidden = np.setdiff1d(np.arange(1, len(names) + 1), labels)
     if hidden.size:
-        _bad(*(f"{names[number - 1]}: every pixel of the mask lies in later masks" for number in hidden))
+        bad(*(f"{names[number - 1]}: every pixel of the mask lies in later masks" for number in hidden))
     return labels
-
-
-def _png(read: Callable[[str], bytes], name: str) -> Image.Image:
-    """A picture of 8 bits a channel, as RGB; alpha is dropped."""
-    try:
-        with Image.open(io.BytesIO(read(name))) as picture:
-            picture.load()
-    except _UNREADABLE as error:
-        _unreadable(name, error)
-    if picture.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
-        _bad(f"{name}: a picture of the mode {picture.mode}; 8 bits a channel are needed")
-    return picture.convert("RGB")
-
-
-def _unreadable(name: str, error: BaseException) -> NoReturn:
-    reason = "no image of a known format" if isinstance(error, UnidentifiedImageError) else str(error)
-    _bad(f"{name}: cannot be read ({reason or type(error).__name__})")
 
 
 # ---------------------------------------------------------------------------------------------------------- folders
@@ -401,7 +222,7 @@ def read_folder(
         of a label image; label images of another size, of floats, of one class instead of instances, or without any object.
     """
     path = Path(path)
-    _check(on_error)
+    check(on_error)
     if not path.is_dir():
         msg = f"{path} is no folder."
         raise FileNotFoundError(msg)
@@ -415,17 +236,17 @@ def read_folder(
     for stem in tqdm(sorted({*found["images"], *found["labels"]}), path.name, disable=not settings.progress):
         earlier = len(problems)
         image = numbers = None
-        with _noted(problems):
+        with noted(problems):
             file = _only("image", stem, found["images"], path)
             image = _channels_first(_read_array(file), names, file.name)
-        with _noted(problems):
+        with noted(problems):
             if labels is not None:
                 file = _only("label image", stem, found["labels"], path)
                 shape = None if image is None else image.shape[1:]
                 numbers = _instances(_read_array(file, palette=True), file.name, shape)
         if image is not None and len(problems) == earlier:
             fields.append(Field(stem, image, names, numbers, um_per_px))
-    return _settled(fields, problems, on_error, path)
+    return settled(fields, problems, on_error, path)
 
 
 def _by_stem(path: Path, pattern: str) -> dict[str, list[Path]]:
@@ -441,9 +262,9 @@ def _only(sort: str, stem: str, found: dict[str, list[Path]], path: Path) -> Pat
     files = found.get(stem, [])
     if not files:
         hint = " (labels=None reads images that have none)" if sort == "label image" else ""
-        _bad(f"{stem}: no {sort} of this name{hint}")
+        bad(f"{stem}: no {sort} of this name{hint}")
     if len(files) > 1:
-        _bad(f"{', '.join(file.relative_to(path).as_posix() for file in files)}: {len(files)} {sort}s of one name")
+        bad(f"{', '.join(file.relative_to(path).as_posix() for file in files)}: {len(files)} {sort}s of one name")
     return files[0]
 
 
@@ -459,41 +280,41 @@ def _read_array(file: Path, *, palette: bool = False) -> np.ndarray:
         elif suffix == ".npy":
             array = np.load(file, mmap_mode="r", allow_pickle=False)
         else:
-            _bad(f"{file.name}: files of this kind are not read; {', '.join(_SUFFIXES)} are")
-    except _UNREADABLE as error:
-        _unreadable(file.name, error)
+            bad(f"{file.name}: files of this kind are not read; {', '.join(_SUFFIXES)} are")
+    except UNREADABLE as error:
+        unreadable(file.name, error)
     if not isinstance(array, np.ndarray) or not (np.issubdtype(array.dtype, np.number) or array.dtype == bool):
-        _bad(f"{file.name}: holds {getattr(array, 'dtype', type(array).__name__)}; numbers are needed")
+        bad(f"{file.name}: holds {getattr(array, 'dtype', type(array).__name__)}; numbers are needed")
     return array
 
 
 def _channels_first(array: np.ndarray, names: tuple[str, ...], file: str) -> np.ndarray:
     if array.dtype == bool or np.issubdtype(array.dtype, np.complexfloating) or 0 in array.shape:
-        _bad(f"{file}: an image of the type {array.dtype}, shape {array.shape}; integers or floats are needed")
+        bad(f"{file}: an image of the type {array.dtype}, shape {array.shape}; integers or floats are needed")
     if array.ndim == 2 and len(names) == 1:
         return array[None]
     first, last = array.ndim == 3 and array.shape[0] == len(names), array.ndim == 3 and array.shape[-1] == len(names)
     if first != last:
         return array if first else np.moveaxis(array, -1, 0)
     what = "either axis could be that of" if first else "no axis is that of"
-    _bad(f"{file}: an image of the shape {array.shape}: {what} the {len(names)} channel(s) {list(names)}")
+    bad(f"{file}: an image of the shape {array.shape}: {what} the {len(names)} channel(s) {list(names)}")
 
 
 def _instances(array: np.ndarray, name: str, shape: tuple[int, ...] | None) -> np.ndarray:
     """Labels as int32, checked to be instances, and to be of the shape (y, x) of their image where that is known."""
     if array.shape != (shape or array.shape[:2]):
-        _bad(f"{name}: the label image has the size {array.shape}, its image {shape or 'two axes'} (y, x)")
+        bad(f"{name}: the label image has the size {array.shape}, its image {shape or 'two axes'} (y, x)")
     if not (np.issubdtype(array.dtype, np.integer) or array.dtype == bool):
-        _bad(f"{name}: a label image of the type {array.dtype}; integers, one number an object, are needed")
-    labels = _whole_numbers(array.astype(np.uint8) if array.dtype == bool else array, name)
+        bad(f"{name}: a label image of the type {array.dtype}; integers, one number an object, are needed")
+    labels = whole_numbers(array.astype(np.uint8) if array.dtype == bool else array, name)
     numbers = np.unique(labels[labels > 0])
     if not len(numbers):
-        _bad(f"{name}: the label image has no object")
+        bad(f"{name}: the label image has no object")
     # A field may well hold a single object; numbers of masks, and several pieces of one number, say that it is a mask.
     if len(numbers) == 1 and (
         array.dtype == bool or numbers[0] in (255, 65535) or ndimage.label(labels, np.ones((3, 3)))[1] > 1
     ):
-        _bad(
+        bad(
             f"{name}: a mask of one class (the only value beside 0 is {numbers[0]}), not labels of instances; "
             "`skimage.measure.label(mask)` numbers objects that do not touch"
         )

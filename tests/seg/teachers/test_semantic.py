@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -71,7 +72,7 @@ def test_fields_of_another_shape_are_scaled_and_their_padding_cut_off() -> None:
     item = blobs(1, (32, 48))
     output = teacher(item, features=True)
     assert output.maps.shape == (2, 32, 48)
-    assert output.features["embedding"].shape == (6, 16, 16)
+    assert output.features["embedding"].shape == (6, 11, 16)  # without the padding
     pixels = item.read(["DAPI", "membrane"])
     rgb = torch.from_numpy(np.concatenate([pixels, pixels.mean(0, keepdims=True)]))[None]
     rgb = F.pad(F.interpolate(rgb, size=(43, 64), mode="bilinear") * 2, (0, 0, 0, 21))
@@ -88,6 +89,34 @@ def test_litemedsam_gets_a_decoder() -> None:
     assert teacher.name == "litemedsam-tuned"
     assert teacher.licence == "Apache-2.0"
     assert teacher(item).maps.shape == (2, 64, 64)
+
+
+def test_saved_and_loaded_is_the_same_teacher(tmp_path: Path) -> None:
+    teacher = tune([blobs(0)], teacher=Tiny(), n_steps=3, patch_px=64)
+    teacher.save(tmp_path / "tuned")
+    again = SemanticTeacher.load(tmp_path / "tuned", teacher=Tiny())
+    assert again.fingerprint == teacher.fingerprint
+    np.testing.assert_array_equal(again(blobs(5)).maps, teacher(blobs(5)).maps)
+    assert "CC0" in (tmp_path / "tuned" / "README.md").read_text()
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        teacher.save(tmp_path / "tuned")
+    with pytest.raises(ValueError, match=r"trained over 'tiny' with channels \['DAPI', 'membrane'\]"):
+        SemanticTeacher.load(tmp_path / "tuned", teacher=Tiny(("DAPI",)))
+    other = Tiny()
+    with torch.no_grad():
+        other.module.bias.add_(1)
+    with pytest.raises(ValueError, match="with base_sha256"):
+        SemanticTeacher.load(tmp_path / "tuned", teacher=other)
+
+
+def test_damaged_directories_are_refused(tmp_path: Path) -> None:
+    tune([blobs(0)], teacher=Tiny(), n_steps=1, patch_px=64).save(tmp_path / "tuned")
+    tune([blobs(1)], teacher=Tiny(), n_steps=1, patch_px=64).save(tmp_path / "other")
+    (tmp_path / "other" / "model.safetensors").rename(tmp_path / "tuned" / "model.safetensors")
+    with pytest.raises(ValueError, match="do not belong together"):
+        SemanticTeacher.load(tmp_path / "tuned", teacher=Tiny())
+    with pytest.raises(FileNotFoundError, match="is no model directory"):
+        SemanticTeacher.load(tmp_path / "none", teacher=Tiny())
 
 
 def test_bad_input() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import TYPE_CHECKING
 
@@ -9,12 +10,33 @@ import torch
 from torch import Tensor, nn
 
 from histoniche.seg._access import need_package
+from histoniche.seg._targets import OUTPUTS
 
 from ._prompts import Prompts
 from ._sam import PromptedTeacher
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+
+class _Unprompted(nn.Module):
+    """SAM's decoder without a prompt; two of the masks that it proposes are foreground and boundary."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.prompt_encoder, self.mask_decoder = copy.deepcopy(net.prompt_encoder), copy.deepcopy(net.mask_decoder)
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        sparse, dense = self.prompt_encoder(points=None, boxes=None, masks=None)
+        position = self.prompt_encoder.get_dense_pe()
+        found = [  # it takes one image at a time
+            self.mask_decoder(
+                image_embeddings=one[None], image_pe=position, sparse_prompt_embeddings=sparse,
+                dense_prompt_embeddings=dense, multimask_output=True,
+            )[0]
+            for one in embedding
+        ]  # fmt: skip
+        return torch.cat(found)[:, : len(OUTPUTS)]
 
 
 class LiteMedSAM(PromptedTeacher):
@@ -45,6 +67,8 @@ class LiteMedSAM(PromptedTeacher):
     MedSAM: Ma et al. 2024, doi 10.1038/s41467-024-44824-z.
     """
 
+    lora_targets = r".*image_encoder\.layers\.\d+\.blocks\.\d+\.attn\.(qkv|proj)"
+
     def __init__(
         self,
         channels: Sequence[str | None],
@@ -61,6 +85,14 @@ class LiteMedSAM(PromptedTeacher):
     def encode(self, rgb: Tensor) -> Tensor:
         """Image embedding, (B, 256, 64, 64)."""
         return self.module.image_encoder(rgb)
+
+    def blocks(self) -> list[nn.Module]:
+        """The four stages of the TinyViT, the first of which is convolutional."""
+        return list(self.module.image_encoder.layers)
+
+    def unprompted_decoder(self) -> nn.Module:
+        """Copy of the decoder, asked without a prompt."""
+        return _Unprompted(self.module)
 
     def decode(self, embedding: Tensor, prompts: Tensor, *, boxes: bool) -> tuple[Tensor, Tensor]:
         """One mask a box, three a point."""

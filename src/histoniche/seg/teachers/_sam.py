@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,15 @@ def to_rgb(pixels: np.ndarray, channels: Sequence[str | None]) -> np.ndarray:
     return np.stack([next(rows) if name is not None else np.zeros(pixels.shape[1:], np.float32) for name in channels])
 
 
+def _as_map(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """Features of a block as (B, c, h, w)."""
+    tokens = output[0] if isinstance(output, tuple) else output
+    if tokens.ndim == 3:
+        side = math.isqrt(tokens.shape[1])
+        tokens = tokens.unflatten(1, (side, side))
+    return tokens.permute(0, 3, 1, 2)
+
+
 def digest(module: nn.Module) -> str:
     """SHA-256 of all weights, first 16 hexadecimal digits."""
     return weights_digest(module)[:16]
@@ -73,6 +83,9 @@ class PromptedTeacher(ABC):
         Prompts at a time.
     """
 
+    lora_targets = ""
+    """Regular expression of the names of the encoder's layers that LoRA adapts."""
+
     def __init__(
         self,
         module: nn.Module,
@@ -91,7 +104,8 @@ class PromptedTeacher(ABC):
         self.channels, self.prompts, self.name, self.licence = tuple(channels), prompts, name, licence
         self.input_px, self.gamma, self.batch_size = input_px, gamma, batch_size
         self._fabric = make_fabric()
-        self.module = module.requires_grad_(requires_grad=False).eval().to(self._fabric.device)
+        module = module.requires_grad_(requires_grad=False).eval().to(self._fabric.device)
+        self.module = module.to(memory_format=torch.channels_last)  # a quarter faster on a CPU
         self._weights = digest(self.module)
 
     @property
@@ -116,6 +130,24 @@ class PromptedTeacher(ABC):
         """Channels to read: those of red, green and blue that are not left black."""
         return [name for name in self.channels if name is not None]
 
+    def blocks(self) -> list[nn.Module]:
+        """Parts of the image encoder, in order, whose outputs are hidden features: (B, h * w, c), or (B, h, w, c)."""
+        return []
+
+    def unprompted_decoder(self) -> nn.Module:
+        """Copy of the network's own decoder that asks without a prompt: (B, d, h, w) to logits (B, 2, h', w')."""
+        msg = f'The teacher {self.name!r} has no decoder that works without a prompt: choose decoder="dense".'
+        raise ValueError(msg)
+
+    def prepare(self, pixels: np.ndarray) -> tuple[Tensor, list[int]]:
+        """Named channels (c, y, x) in 0 to 1 as the network's input (1, 3, input, input), and what they fill of it."""
+        rgb = torch.from_numpy(to_rgb(pixels, self.channels) ** self.gamma)[None].to(self._fabric.device)
+        scale = self.input_px / max(rgb.shape[-2:])
+        inner = [max(1, round(length * scale)) for length in rgb.shape[-2:]]
+        rgb = self.normalise(F.interpolate(rgb, size=inner, mode="bilinear", antialias=scale < 1))
+        rgb = F.pad(rgb, (0, self.input_px - inner[1], 0, self.input_px - inner[0]))
+        return rgb.contiguous(memory_format=torch.channels_last), inner
+
     @torch.inference_mode()
     def embed(self, pixels: np.ndarray) -> tuple[Tensor, list[int]]:
         """Embed the named channels of an image.
@@ -129,22 +161,38 @@ class PromptedTeacher(ABC):
         -------
         Embedding (1, d, h, w) on the device, and the height and width that the image fills of the network's input.
         """
-        rgb = torch.from_numpy(to_rgb(pixels, self.channels) ** self.gamma)[None].to(self._fabric.device)
-        scale = self.input_px / max(rgb.shape[-2:])
-        inner = [max(1, round(length * scale)) for length in rgb.shape[-2:]]
-        rgb = self.normalise(F.interpolate(rgb, size=inner, mode="bilinear", antialias=scale < 1))
+        rgb, inner = self.prepare(pixels)
         with self._fabric.autocast():
-            embedding = self.encode(F.pad(rgb, (0, self.input_px - inner[1], 0, self.input_px - inner[0])))
+            embedding = self.encode(rgb)
         return embedding, inner
+
+    def hidden(self, item: Field) -> dict[str, np.ndarray]:
+        """Hidden features of a field, (c, h, w) float32: ``"block0"`` and so on, and ``"embedding"``."""
+        return self.embed_hidden(item.read(self.named))[2]
+
+    def embed_hidden(self, pixels: np.ndarray) -> tuple[Tensor, list[int], dict[str, np.ndarray]]:
+        """Embedding as :meth:`embed` gives it, and the hidden features of the part that the image fills."""
+        found: dict[str, Tensor] = {}
+        handles = [
+            block.register_forward_hook(lambda _, __, output, name=f"block{i}": found.update({name: _as_map(output)}))
+            for i, block in enumerate(self.blocks())
+        ]
+        try:
+            embedding, inner = self.embed(pixels)
+        finally:
+            for handle in handles:
+                handle.remove()
+        found["embedding"] = embedding
+        hidden = {name: self.unpadded(maps, inner)[0].float().cpu().numpy() for name, maps in found.items()}
+        return embedding, inner, hidden
 
     @torch.inference_mode()
     def __call__(self, item: Field, *, features: bool = False) -> Output:
-        """Segment a field; ``features`` adds the image embedding as ``"embedding"``."""
+        """Segment a field; ``features`` adds what :meth:`hidden` gives."""
         pixels = item.read(self.named)
-        embedding, inner = self.embed(pixels)
+        embedding, inner, hidden = self.embed_hidden(pixels)
         maps = maps_of_masks(self._masks(item, pixels, embedding, inner), item.shape)
-        hidden = {"embedding": embedding[0].float().cpu().numpy()} if features else {}
-        return check_output(Output(maps, hidden), item, self.name)
+        return check_output(Output(maps, hidden if features else {}), item, self.name)
 
     def _masks(self, item: Field, pixels: np.ndarray, embedding: Tensor, inner: list[int]) -> Iterator[Tensor]:
         """Soft masks (n, y, x) at the size of the field, batch by batch."""

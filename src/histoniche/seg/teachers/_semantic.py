@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from tqdm.auto import tqdm
 from histoniche._compute import make_fabric, to_device
 from histoniche._random import isolated_rng
 from histoniche._settings import settings
+from histoniche.models._directory import read_directory, weights_digest, write_directory
 from histoniche.models._training import epoch_batches, train
 from histoniche.seg._augment import training_patch
 from histoniche.seg._losses import cross_entropy_and_dice
@@ -49,10 +51,15 @@ class DenseDecoder(nn.Sequential):
         )  # fmt: skip
 
 
-class SemanticTeacher:
-    """A teacher of the SAM family with a decoder of its own, trained to give foreground and boundary without a prompt.
+DECODERS = ("dense", "mask")
+"""Decoders that need no prompt: a new convolutional one, or the network's own."""
 
-    Made by :func:`tune`. Fields are scaled so that their longer side fills the network's input.
+
+class SemanticTeacher:
+    """A teacher of the SAM family with a decoder trained to give foreground and boundary without a prompt.
+
+    Made by :func:`tune` or :func:`histoniche.seg.finetune_lora`. Fields are scaled so that their longer side fills the
+    network's input.
 
     Parameters
     ----------
@@ -60,10 +67,19 @@ class SemanticTeacher:
         The teacher whose image encoder it has: channels, input, gamma.
     decoder
         The trained decoder; frozen here.
+    kind
+        ``"dense"`` or ``"mask"``: what the decoder is.
+    adapter
+        The model of peft around the encoder, where LoRA has adapted it.
     """
 
-    def __init__(self, base: PromptedTeacher, decoder: nn.Module) -> None:
-        self.base, self.name, self.licence, self.channels = base, f"{base.name}-tuned", base.licence, base.channels
+    def __init__(
+        self, base: PromptedTeacher, decoder: nn.Module, *, kind: str = "dense", adapter: Any | None = None
+    ) -> None:
+        suffix = "tuned" if adapter is None else "lora"
+        self.base, self.name, self.licence, self.channels = base, f"{base.name}-{suffix}", base.licence, base.channels
+        self.kind, self.adapter = kind, adapter
+        self.history: dict[str, list[float]] = {}
         self._fabric = make_fabric()
         self.decoder = decoder.requires_grad_(requires_grad=False).eval().to(self._fabric.device)
         weights = f"{digest(base.module)} {digest(self.decoder)}"
@@ -71,13 +87,123 @@ class SemanticTeacher:
 
     @torch.inference_mode()
     def __call__(self, item: Field, *, features: bool = False) -> Output:
-        """Segment a field; ``features`` adds the image embedding as ``"embedding"``."""
-        embedding, inner = self.base.embed(item.read(self.base.named))
+        """Segment a field; ``features`` adds what :meth:`hidden` gives."""
+        embedding, inner, hidden = self.base.embed_hidden(item.read(self.base.named))
         with self._fabric.autocast():
             logits = self.base.unpadded(self.decoder(embedding), inner)
         maps = F.interpolate(logits.float(), size=item.shape, mode="bilinear", align_corners=False).sigmoid()[0]
-        hidden = {"embedding": embedding[0].float().cpu().numpy()} if features else {}
-        return check_output(Output(maps.cpu().numpy(), hidden), item, self.name)
+        return check_output(Output(maps.cpu().numpy(), hidden if features else {}), item, self.name)
+
+    def hidden(self, item: Field) -> dict[str, np.ndarray]:
+        """Hidden features of a field, as :meth:`PromptedTeacher.hidden` gives them."""
+        return self.base.hidden(item)
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write what was trained to a directory: the decoder, and the adapter as peft saves it; not the teacher's weights.
+
+        Parameters
+        ----------
+        path
+            Directory, made where it does not exist.
+        overwrite
+            Whether a teacher that lies there is replaced.
+
+        Raises
+        ------
+        FileExistsError
+            The directory holds a model and ``overwrite`` is false, or holds something else.
+        """
+        config = {
+            "class": type(self).__name__, "kind": self.kind, "adapter": self.adapter is not None, "base": self.base.name,
+            "base_sha256": self._base_digest(), "channels": list(self.channels), "gamma": self.base.gamma,
+            "weights_sha256": weights_digest(self.decoder),
+        }  # fmt: skip
+        card = (
+            f"# Tuned teacher\n\nWhat was trained over `{self.base.name}` (licence: {self.licence}): a decoder without prompts"
+            f"{'' if self.adapter is None else ', and LoRA adapters of the encoder (`adapter`)'}. It is loaded with that "
+            "teacher.\n"
+        )
+        more = None
+        if self.adapter is not None:
+            adapter = self.adapter
+
+            def more(folder: Path) -> None:
+                adapter.save_pretrained(str(folder / "adapter"), safe_serialization=True)
+
+        write_directory(Path(path), config, self.decoder.state_dict(), card, overwrite=overwrite, more=more)
+
+    def _base_digest(self) -> str:
+        """Digest of the teacher's own weights, without adapters."""
+        if self.adapter is None:
+            return weights_digest(self.base.module)
+        return str(self.adapter.histoniche_base_sha256)
+
+    @classmethod
+    def load(cls, path: str | Path, *, teacher: PromptedTeacher) -> SemanticTeacher:
+        """Read what :meth:`save` wrote, over the teacher that it was trained over; executes no code.
+
+        Parameters
+        ----------
+        path
+            The directory.
+        teacher
+            The teacher, which stays as it is.
+
+        Returns
+        -------
+        The tuned teacher.
+
+        Raises
+        ------
+        FileNotFoundError
+            The directory or one of its files is missing.
+        ValueError
+            The files are damaged, or were trained over another teacher, other channels or another gamma.
+        """
+        path = Path(path)
+        config, weights = read_directory(path, cls.__name__)
+        found = {
+            "base_sha256": weights_digest(teacher.module),
+            "channels": list(teacher.channels),
+            "gamma": teacher.gamma,
+        }
+        for name, value in found.items():
+            if config.get(name) != value:
+                msg = (
+                    f"{str(path)!r} was trained over {config.get('base')!r} with {name} {config.get(name)}, the given teacher "
+                    f"has {value}: pass the teacher that it was trained over."
+                )
+                raise ValueError(msg)
+        adapter = None
+        if config.get("adapter"):
+            from ._lora import load_adapter
+
+            teacher, adapter = load_adapter(path / "adapter", teacher)
+        try:
+            decoder = make_decoder(str(config.get("kind")), teacher, weights)
+        except (KeyError, RuntimeError) as error:
+            msg = f"Model directory {str(path)!r} is damaged: its decoder does not fit ({error})."
+            raise ValueError(msg) from error
+        if weights_digest(decoder) != config.get("weights_sha256"):
+            msg = f"Model directory {str(path)!r} is damaged: weights and config.json do not belong together."
+            raise ValueError(msg)
+        return cls(teacher, decoder, kind=str(config["kind"]), adapter=adapter)
+
+
+def make_decoder(
+    kind: str, teacher: PromptedTeacher, weights: dict[str, Tensor] | None = None, *, n_features: int = 0
+) -> nn.Module:
+    """Decoder of a kind of :data:`DECODERS`, new (of ``n_features``) or with weights."""
+    if kind not in DECODERS:
+        msg = f"decoder={kind!r} is not among {list(DECODERS)}."
+        raise ValueError(msg)
+    if kind == "mask":
+        decoder = teacher.unprompted_decoder()
+    else:
+        decoder = DenseDecoder(len(weights["0.weight"]) if weights is not None else n_features)
+    if weights is not None:
+        decoder.load_state_dict(weights)
+    return decoder.requires_grad_(requires_grad=True)
 
 
 def tune(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from histoniche.seg._access import TeacherAccessError, need_package
+from histoniche.seg._targets import OUTPUTS
 
 from ._prompts import Prompts
 from ._sam import PromptedTeacher
@@ -58,6 +60,8 @@ class SAM(PromptedTeacher):
     Segment Anything: Kirillov et al. 2023, doi 10.1109/ICCV51070.2023.00371.
     """
 
+    lora_targets = r".*vision_encoder\.layers\.\d+\.attn\.qkv"
+
     def __init__(
         self,
         channels: Sequence[str | None],
@@ -83,7 +87,15 @@ class SAM(PromptedTeacher):
 
     def encode(self, rgb: Tensor) -> Tensor:
         """Image embedding, (1, 256, 64, 64)."""
-        return self.module.get_image_embeddings(rgb)
+        return self.module.vision_encoder(rgb)[0]
+
+    def blocks(self) -> list[nn.Module]:
+        """The blocks of the ViT."""
+        return list(self.module.vision_encoder.layers)
+
+    def unprompted_decoder(self) -> nn.Module:
+        """Copy of the decoder, asked without a prompt."""
+        return _Unprompted(self.module)
 
     def decode(self, embedding: Tensor, prompts: Tensor, *, boxes: bool) -> tuple[Tensor, Tensor]:
         """One mask a box, three a point."""
@@ -94,6 +106,24 @@ class SAM(PromptedTeacher):
             asked = {"input_points": prompts[None, :, None], "input_labels": foreground}
         found = self.module(image_embeddings=embedding, multimask_output=not boxes, **asked)
         return found.pred_masks[0], found.iou_scores[0]
+
+
+class _Unprompted(nn.Module):
+    """SAM's decoder without a prompt; two of the masks that it proposes are foreground and boundary."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.prompt_encoder, self.mask_decoder = copy.deepcopy(net.prompt_encoder), copy.deepcopy(net.mask_decoder)
+        self.register_buffer("position", net.get_image_wide_positional_embeddings().detach().clone())
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        sparse, dense = self.prompt_encoder(input_points=None, input_labels=None, input_boxes=None, input_masks=None)
+        masks = self.mask_decoder(
+            image_embeddings=embedding, image_positional_embeddings=self.position.repeat(len(embedding), 1, 1, 1),
+            sparse_prompt_embeddings=sparse, dense_prompt_embeddings=dense.expand(len(embedding), -1, -1, -1),
+            multimask_output=True,
+        )[0]  # fmt: skip
+        return masks[:, 0, : len(OUTPUTS)]
 
 
 def build_sam(model: str, weights: Path | str | None) -> nn.Module:

@@ -1,0 +1,230 @@
+"""Ways to make the same student with few labels, compared: the grid of ways, numbers of labels and seeds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from histoniche._settings import settings
+
+from . import metrics
+from ._distill import distill, finetune
+from ._pretrain import pretrain
+from ._segmenter import Segmenter
+from ._task_specific import TASK_TERMS, Stages, adapt_teacher, check_disjoint, content_hashes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ._fields import Field
+    from ._task_specific import Options
+    from .teachers import PromptedTeacher
+
+ARMS = ("scratch", "imagenet", "mae", "mocov3", "task_agnostic_kd", "ts_kd")
+"""Ways to start a student before it is trained on the labels."""
+_DEFAULT_ARMS = tuple(arm for arm in ARMS if arm != "imagenet")
+
+
+def compare(
+    fields: Sequence[Field],
+    *,
+    test: Sequence[Field],
+    teacher: PromptedTeacher,
+    folder: str | Path,
+    synthetic: Sequence[Field] = (),
+    arms: Sequence[str] = _DEFAULT_ARMS,
+    n_labelled: Sequence[int] = (4, 16),
+    seeds: Sequence[int] = (0, 1, 2),
+    channel: str | Sequence[str] | None = None,
+    student: str = "vit-tiny",
+    patch_px: int = 128,
+    tuning: Options | None = None,
+    adaptation: Options | None = None,
+    pretraining: Options | None = None,
+    finetuning: Options | None = None,
+) -> pd.DataFrame:
+    """Compare task-specific distillation with what else could make the same student.
+
+    Every way ends with the same training on the same labels (:func:`~histoniche.seg.finetune`), and all that pretrain do so
+    for equally many steps of equally large batches on the same images: ``"scratch"`` starts from random weights,
+    ``"imagenet"`` from those of ImageNet, ``"mae"`` and ``"mocov3"`` from :func:`~histoniche.seg.pretrain`,
+    ``"task_agnostic_kd"`` from the hidden layers of the untouched teacher, and ``"ts_kd"`` from maps and hidden layers of
+    the teacher that was adapted with the labels.
+
+    Parameters
+    ----------
+    fields
+        Fields with labels to train on. A run draws its labelled fields from them; of the others, only the images are used.
+    test
+        Fields with labels to measure on; their images must not be among the others. Outside a field's ``region`` nothing
+        is measured.
+    teacher
+        A teacher of the SAM family.
+    folder
+        Where each run is kept, so that an interrupted comparison goes on.
+    synthetic
+        Further images without labels, of :func:`~histoniche.seg.synthesize`.
+    arms
+        Ways to compare.
+    n_labelled
+        Numbers of labelled fields.
+    seeds
+        Seeds: of the labelled fields drawn, the weights, the patches.
+    channel, student, patch_px
+        The student, the same everywhere.
+    tuning, adaptation
+        Further arguments of :func:`~histoniche.seg.teachers.tune` and :func:`~histoniche.seg.finetune_lora`.
+    pretraining, finetuning
+        Further arguments of the two trainings, the same for all ways.
+
+    Returns
+    -------
+    One row a run: ``arm``, ``n_labelled``, ``seed``, and means over the test fields of ``dice`` and ``hausdorff95`` (um, or px
+    where um/px is unknown), the share of fields ``missed``, and the ``loss`` of the last steps.
+
+    Raises
+    ------
+    ValueError
+        No fields or test fields, an unknown way, more labels than fields, a test image among the others, a folder that
+        belongs to another comparison.
+    """
+    fields, test = list(fields), list(test)
+    unknown = [arm for arm in arms if arm not in ARMS]
+    if unknown or not arms or not fields or not test:
+        msg = (
+            f"compare was given {len(fields)} fields, {len(test)} test fields, arms={list(arms)}: at least one of each, and arms "
+            f"of {list(ARMS)}, are needed."
+        )
+        raise ValueError(msg)
+    if not 1 <= min(n_labelled) <= max(n_labelled) <= len(fields):
+        msg = f"n_labelled={list(n_labelled)} must lie between 1 and the number of fields, {len(fields)}."
+        raise ValueError(msg)
+    check_disjoint([*fields, *synthetic], test)
+    grid = _Grid(
+        fields, [*(item.without_labels() for item in fields), *synthetic], test, teacher, Path(folder),
+        {"channel": channel, "patch_px": patch_px}, student, tuning, adaptation, dict(pretraining or {}),
+        dict(finetuning or {}),
+    )  # fmt: skip
+    runs = [(arm, n, seed) for seed in seeds for n in n_labelled for arm in arms]
+    return pd.DataFrame([grid.run(*run) for run in tqdm(runs, desc="compare", disable=not settings.progress)])
+
+
+def drawn(fields: Sequence[Field], n: int, seed: int) -> list[Field]:
+    """Labelled fields of a run: those of few labels are among those of many."""
+    return [fields[row] for row in np.random.default_rng([seed, 11]).permutation(len(fields))[:n]]
+
+
+def measure_mask(student: Segmenter, fields: Sequence[Field]) -> dict[str, float]:
+    """Mean Dice and Hausdorff 95 of the foreground, and the share of fields in which none is found.
+
+    Parameters
+    ----------
+    student
+        The student.
+    fields
+        Fields with labels; what lies outside their region does not count.
+    """
+    rows = []
+    for item in fields:
+        found = student.predict_field(item)[0] > student.config.threshold
+        truth = item.read_labels() > 0
+        if item.region is not None:
+            region = np.asarray(item.region)
+            found, truth = found & region, truth & region
+        rows.append({
+            "dice": metrics.dice(found, truth),
+            "hausdorff95": metrics.hausdorff95(found, truth, um_per_px=item.um_per_px or 1.0),
+            "missed": float(truth.any() and not found.any()),
+        })  # fmt: skip
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+
+
+@dataclass
+class _Grid:
+    """What all runs share; each run is a file, each pretraining a directory that several runs may use."""
+
+    fields: list[Field]
+    transfer: list[Field]
+    test: list[Field]
+    teacher: PromptedTeacher
+    folder: Path
+    common: dict[str, Any]
+    student: str
+    tuning: Options | None
+    adaptation: Options | None
+    pretraining: dict[str, Any]
+    finetuning: dict[str, Any]
+
+    @cached_property
+    def made_of(self) -> dict[str, Any]:
+        """What every pretraining is made of."""
+        return {
+            "transfer": content_hashes(self.transfer), "teacher": self.teacher.fingerprint, "student": self.student,
+            **self.common, **self.pretraining,
+        }  # fmt: skip
+
+    def run(self, arm: str, n_labelled: int, seed: int) -> dict[str, Any]:
+        """Train a student and measure it."""
+        labelled = drawn(self.fields, n_labelled, seed)
+        stages = Stages(self.folder / f"{arm}-{n_labelled}-{seed}")
+        options = {**self.common, "seed": seed, **self.finetuning}
+        made_of = {
+            **self.made_of, "labelled": content_hashes(labelled, labels=True), "tuning": self.tuning,
+            "adaptation": self.adaptation, "finetuning": options,
+        }  # fmt: skip
+        trained = stages.run(
+            "student", made_of, Segmenter.load, Segmenter.save,
+            lambda state: finetune(labelled, student=self._start(arm, labelled, seed), checkpoint=state, **options)
+            if arm not in {"scratch", "imagenet"}
+            else finetune(labelled, student=self.student, pretrained=arm == "imagenet", checkpoint=state, **options),
+        )  # fmt: skip
+        measured = self._measured(trained, stages.folder / "measured.json")
+        return {"arm": arm, "n_labelled": n_labelled, "seed": seed, **measured}
+
+    def _measured(self, student: Segmenter, path: Path) -> dict[str, float]:
+        key = {"student": student.digest, "test": content_hashes(self.test, labels=True)}
+        if path.exists():
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if kept["made of"] == key:
+                return dict(kept["figures"])
+        figures = measure_mask(student, self.test)
+        path.write_text(json.dumps({"made of": key, "figures": figures}, indent=1), encoding="utf-8")
+        return figures
+
+    def _start(self, arm: str, labelled: list[Field], seed: int) -> Segmenter:
+        """Student before it is trained on the labels."""
+        options = {**self.common, "student": self.student, "pretrained": False, "seed": seed, **self.pretraining}
+        if arm == "ts_kd":
+            stages = Stages(self.folder / f"ts_kd-{len(labelled)}-{seed}")
+            teacher = adapt_teacher(
+                labelled, self.teacher, stages, tuning=self.tuning, adaptation=self.adaptation,
+                patch_px=self.common["patch_px"], seed=seed,
+            )  # fmt: skip
+            return stages.run(
+                "distilled", {**self.made_of, "teacher": teacher.fingerprint}, Segmenter.load, Segmenter.save,
+                lambda state: distill(
+                    self.transfer, teacher=teacher, terms=TASK_TERMS, checkpoint=state,
+                    cache=self.folder / "outputs", **options,
+                ),
+            )  # fmt: skip
+        stages = Stages(self.folder / f"{arm}-{seed}")  # labels have no part in it
+        if arm == "task_agnostic_kd":
+            return stages.run(
+                "pretrained", self.made_of, Segmenter.load, Segmenter.save,
+                lambda state: distill(
+                    self.transfer, teacher=self.teacher, terms=("hidden",), checkpoint=state,
+                    cache=self.folder / "outputs", **options,
+                ),
+            )  # fmt: skip
+        options.pop("n_views", None)
+        return stages.run(
+            "pretrained", self.made_of, Segmenter.load, Segmenter.save,
+            lambda state: pretrain(self.transfer, method=arm, checkpoint=state, **options),
+        )  # fmt: skip

@@ -1,0 +1,155 @@
+"""The stages of task-specific distillation: what they make, what is taken up again, what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import Tensor
+
+from histoniche.seg import Field, Segmenter, task_specific_distill
+from histoniche.seg import _task_specific as module
+from histoniche.seg._task_specific import Stages, check_disjoint, content_hashes
+from histoniche.seg.teachers import PromptedTeacher, SemanticTeacher
+
+
+@pytest.fixture
+def options(tiny_teacher: Callable[[], PromptedTeacher]) -> Callable[..., dict[str, Any]]:
+    return lambda folder, **more: {
+        "teacher": tiny_teacher(), "folder": folder, "channel": "DAPI", "student": "vit-tiny", "pretrained": False,
+        "n_synthetic": 0, "patch_px": 64, "tuning": {"n_steps": 4}, "adaptation": {"n_steps": 4},
+        "distillation": {"n_steps": 3, "batch_size": 2, "n_views": 2}, "finetuning": {"n_steps": 3, "batch_size": 2},
+        "synthesis": {"n_steps": 2, "batch_size": 2, "width": (8, 8), "ddim_steps": 2}, **more,
+    }  # fmt: skip
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the stages that are run, as they begin."""
+    calls: list[str] = []
+    for name in ("tune", "finetune_lora", "synthesize", "distill", "finetune"):
+        original = getattr(module, name)
+
+        def noted(*args: Any, _name: str = name, _original: Any = original, **kwargs: Any) -> Any:
+            calls.append(_name)
+            return _original(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, noted)
+    return calls
+
+
+def test_four_stages_one_student(
+    options: Any, tiny_teacher: Any, fields: list[Field], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = counted(monkeypatch)
+    folder = tmp_path / "run"
+    student = task_specific_distill(fields[:2], unlabelled=fields[2:4], **options(folder, n_synthetic=2))
+    assert calls == ["tune", "finetune_lora", "synthesize", "distill", "finetune"]
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {
+        "tuned", "teacher", "synthetic", "outputs", "distilled", "student",
+    }  # fmt: skip
+    distilled = Segmenter.load(folder / "distilled")
+    assert distilled.config.training["fields"] == 6  # 2 labelled, 2 unlabelled, 2 synthetic
+    assert distilled.config.teacher == {"name": "tiny-lora", "licence": "CC0"}
+    assert student.digest == Segmenter.load(folder / "student").digest != distilled.digest
+    assert SemanticTeacher.load(folder / "teacher", teacher=tiny_teacher()).adapter is not None
+    # Again: everything is found, nothing is trained.
+    calls.clear()
+    again = task_specific_distill(fields[:2], unlabelled=fields[2:4], **options(folder, n_synthetic=2))
+    assert again.digest == student.digest
+    assert calls == ["synthesize"]  # which only reads its images
+
+
+def test_an_interrupted_stage_goes_on(
+    options: Any, fields: list[Field], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = task_specific_distill(fields[:2], **options(tmp_path / "whole"))
+    from histoniche.seg import _fit
+
+    original, seen = _fit.training_patch, []
+
+    def failing(*args: Any) -> Tensor:
+        seen.append(1)
+        if len(seen) > 3:
+            msg = "killed"
+            raise RuntimeError(msg)
+        return original(*args)
+
+    folder = tmp_path / "stopped"
+    short = {"n_steps": 3, "batch_size": 2, "checkpoint_every": 1}
+    monkeypatch.setattr(_fit, "training_patch", failing)  # in the last stage alone: views are not drawn by it
+    with pytest.raises(RuntimeError, match="killed"):
+        task_specific_distill(fields[:2], **options(folder, finetuning=short))
+    assert (folder / "distilled").exists()
+    assert not (folder / "student").exists()
+    monkeypatch.setattr(_fit, "training_patch", original)
+    calls = counted(monkeypatch)
+    resumed = task_specific_distill(fields[:2], **options(folder, finetuning=short))
+    assert calls == ["finetune"]
+    assert resumed.digest == whole.digest
+    assert not list(folder.glob("*.state"))
+
+
+def test_without_lora(options: Any, fields: list[Field], tmp_path: Path) -> None:
+    task_specific_distill(fields[:2], **options(tmp_path, adaptation={"n_steps": 0}))
+    assert not (tmp_path / "teacher").exists()
+    assert Segmenter.load(tmp_path / "distilled").config.teacher["name"] == "tiny-tuned"
+
+
+def test_a_folder_of_another_run_is_refused(options: Any, fields: list[Field], tmp_path: Path) -> None:
+    task_specific_distill(fields[:2], **options(tmp_path))
+    digest = Segmenter.load(tmp_path / "student").digest
+    with pytest.raises(ValueError, match=r"'.*tuned' was made with fields=.* choose another folder"):
+        task_specific_distill(fields[1:3], **options(tmp_path))
+    with pytest.raises(ValueError, match=r"'.*teacher' was made with n_steps=4, not 5"):
+        task_specific_distill(fields[:2], **options(tmp_path, adaptation={"n_steps": 5}))
+    with pytest.raises(ValueError, match=r"'.*student' was made with n_steps=3, not 4"):
+        task_specific_distill(fields[:2], **options(tmp_path, finetuning={"n_steps": 4, "batch_size": 2}))
+    assert Segmenter.load(tmp_path / "student").digest == digest
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        task_specific_distill(fields[:2], **options(tmp_path / "file"))
+
+
+def test_held_out_images_are_found_by_their_pixels(options: Any, fields: list[Field], tmp_path: Path) -> None:
+    renamed = replace(fields[1], name="new", labels=None, image=fields[1].image.astype(np.float64))
+    for given in ({"held_out": [renamed]}, {"unlabelled": [renamed], "held_out": [fields[1]]}):
+        with pytest.raises(ValueError, match="has the pixels of the held-out field"):
+            task_specific_distill(fields[:2], **options(tmp_path / "run", **given))
+    assert not (tmp_path / "run").exists()
+    check_disjoint(fields[:2], fields[2:])
+    one_pixel = np.array(fields[1].image)
+    one_pixel[0, 0, 0] += 1
+    check_disjoint(fields[:2], [replace(fields[1], image=one_pixel)])
+    with pytest.raises(ValueError, match="no labelled fields"):
+        task_specific_distill([], **options(tmp_path / "run"))
+
+
+def test_hashes_follow_pixels_and_labels(fields: list[Field]) -> None:
+    other = replace(fields[0], labels=np.roll(fields[0].labels, 1))
+    assert content_hashes([fields[0]]) == content_hashes([other]) != content_hashes([fields[1]])
+    assert content_hashes([fields[0]], labels=True) != content_hashes([other], labels=True)
+
+
+def test_a_stage_that_fails_leaves_nothing_that_is_taken_for_its_result(tmp_path: Path) -> None:
+    stages = Stages(tmp_path / "run")
+
+    def save(text: str, path: Path) -> None:
+        path.mkdir()
+        (path / "a").write_text(text)
+
+    def fail(_: Path) -> str:
+        raise RuntimeError
+
+    def load(path: Path) -> str:
+        return (path / "a").read_text()
+
+    with pytest.raises(RuntimeError):
+        stages.run("one", {"x": 1}, load, save, fail)
+    with pytest.raises(ValueError, match="was made with x=1, not 2"):  # whose state may lie there
+        stages.run("one", {"x": 2}, load, save, fail)
+    assert stages.run("one", {"x": 1}, load, save, lambda _: "made") == "made"
+    assert stages.run("one", {"x": 1}, load, save, fail) == "made"
