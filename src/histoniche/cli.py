@@ -1,4 +1,4 @@
-"""Command line: ``histoniche demo | doctor | embed | distill | predict``.
+"""Command line: ``histoniche demo | doctor | embed | distill | predict | seg``.
 
 Thin over the public functions. Heavy modules are imported inside the commands, so that ``--help`` answers at once.
 """
@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import _cli_seg
 from ._settings import settings
 
 if TYPE_CHECKING:
@@ -102,6 +103,8 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("model", type=Path, metavar="MODEL", help="model folder that `histoniche distill` wrote")
     _add_image_options(predict)
     predict.set_defaults(run=_predict)
+
+    _cli_seg.add_parser(commands, common)
     return parser
 
 

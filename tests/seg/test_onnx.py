@@ -111,3 +111,15 @@ def test_swin_at_free_sizes(tmp_path: Path) -> None:
     for shape in ((1, 1, 64, 64), (2, 1, 224, 96), (1, 1, 256, 320)):
         pixels = torch.rand(shape, generator=generator).numpy()
         np.testing.assert_allclose(session.run(None, {"pixels": pixels})[0], model.predict_maps(pixels), atol=1e-4)
+
+
+def test_vit_at_the_size_of_its_patches(tmp_path: Path) -> None:
+    model = student("vit-tiny")
+    with pytest.raises(ValueError, match=r"'vit-tiny' is bound to one size in ONNX: .*size="):
+        export_onnx(model, tmp_path / "a.onnx")
+    before = model.digest
+    path = export_onnx(model, tmp_path / "a.onnx", size=64)
+    assert model.digest == before, "the student keeps its own position embeddings"
+    pixels = np.random.default_rng(0).random((3, 1, 64, 64), dtype=np.float32)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    np.testing.assert_allclose(session.run(None, {"pixels": pixels})[0], model.predict_maps(pixels), atol=1e-4)

@@ -297,7 +297,7 @@ def test_folder_reports_all_bad_files_at_once(tmp_path):
         "b.tif: cannot be read",
         "b.tif: cannot be read",
         "c: no image of this name",
-        r"d: no label image of this name \(labels=None",
+        r"d: no label image of this name \(labels=None or unlabelled=True",
         "images/e.npy, images/e.tif: 2 images of one name",
         "labels/f.npy, labels/f.tif: 2 label images of one name",
         "g.jpg: files of this kind are not read; .png, .tif, .tiff, .npy are",
@@ -320,3 +320,38 @@ def test_folder_without_files(tmp_path):
         warnings.simplefilter("ignore")
         with pytest.raises(ValueError, match="no field that could be read"):
             read_folder(tmp_path, on_error="warn")
+
+
+def test_folder_with_images_that_nobody_labelled(tmp_path):
+    for name in "abc":
+        write(tmp_path / f"pictures/{name}.tif", PIXELS[0])
+    write(tmp_path / "drawn/b.png", instances().astype(np.uint8))
+    options = {"images": "*", "labels": "*", "labels_path": tmp_path / "drawn"}
+    with pytest.raises(
+        ValueError, match=r"(?s)a: no label image of this name \(labels=None or unlabelled=True.*c: no label"
+    ):
+        read_folder(tmp_path / "pictures", **options)
+    fields = read_folder(tmp_path / "pictures", **options, unlabelled=True)
+    assert [field.name for field in fields] == ["a", "b", "c"]
+    assert [field.labels is None for field in fields] == [True, False, True]
+    assert np.array_equal(fields[1].labels, instances())
+    write(tmp_path / "drawn/d.png", instances().astype(np.uint8))
+    with pytest.raises(ValueError, match="d: no image of this name"):
+        read_folder(tmp_path / "pictures", **options, unlabelled=True)
+    with pytest.raises(FileNotFoundError, match="nowhere is no folder"):
+        read_folder(tmp_path / "pictures", labels_path=tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("number", [1, 7, 255, True])
+def test_folder_of_masks(tmp_path, number):
+    mask = instances() > 0
+    write(tmp_path / "images/a.tif", PIXELS[0])
+    write(tmp_path / "labels/a.npy", mask * np.uint8(number) if number is not True else mask)
+    with pytest.raises(ValueError, match=r"a mask of one class.*mask=True reads masks"):
+        read_folder(tmp_path)
+    (field,) = read_folder(tmp_path, mask=True)
+    assert field.labels.dtype == np.int32
+    assert np.array_equal(field.labels, mask)
+    write(tmp_path / "labels/a.npy", np.zeros((16, 20), dtype=np.uint8))
+    with pytest.raises(ValueError, match="no object"):
+        read_folder(tmp_path, mask=True)

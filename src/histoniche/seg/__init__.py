@@ -20,7 +20,7 @@ from ._targets import maps_of_labels
 from ._task_readers import read_autooral, read_chase_db1, read_drive, read_kidneyus, read_ph2
 from ._task_specific import task_specific_distill
 from ._tissuenet import read_tissuenet
-from .teachers import finetune_lora
+from .teachers._lora import finetune_lora
 
 __all__ = [
     "DistillationLoss",

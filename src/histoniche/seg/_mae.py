@@ -105,7 +105,10 @@ class MAE(nn.Module):
         return self.predict(utils.get_at_index(self.decoder(tokens), hidden + self.n_prefix))
 
     def loss(self, predicted: Tensor, batch: list[Tensor]) -> tuple[Tensor, dict[str, Any]]:
-        """Mean squared error of hidden patches, each scaled to mean 0 and variance 1: who knows nothing scores 1."""
+        """Mean squared error of hidden patches, each scaled to mean 0 and variance 1: who knows nothing scores 1.
+
+        Flat patches become 0, which is easily learnt.
+        """
         pixels, hidden, _ = batch
         patches = self._utils.patchify(pixels, self.width)
         target = self._utils.normalize_mean_var(self._utils.get_at_index(patches, hidden))

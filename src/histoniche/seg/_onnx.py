@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 import warnings
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from ._access import need_package
 from ._segmenter import Segmenter
+from ._students import is_plain_vit
 
 if TYPE_CHECKING:
     from typing import Any
@@ -42,7 +44,8 @@ def export_onnx(
 
     Input ``pixels`` (B, c, y, x) float32, channels stretched to 0 to 1; output ``maps`` (B, 2, y, x) float32,
     probability of foreground and boundary. Number, height and width (multiples of 32) are free; Swin needs at least 64 px.
-    An encoder that is bound to one size (most ViTs) is exported for tiles of that ``size``. The metadata say what images
+    A student over a plain ViT (vit-tiny) is bound to the tiles of one ``size`` that it is exported for, best that of its
+    training's patches. The metadata say what images
     the model needs: ``channel``, ``um_per_px``, ``stretch`` (percentiles), ``outputs``, and, in JSON, how objects are made of
     the maps, ``instances``, and ``teacher`` with its licence.
 
@@ -72,7 +75,7 @@ def export_onnx(
     RuntimeError
         The maps of ONNX and PyTorch differ by more than 1e-4, or the encoder cannot run at other sizes; nothing is written.
     ValueError
-        A damaged model; ``size`` is no multiple of 32.
+        A damaged model; ``size`` is no multiple of 32, or is not given although the encoder is a plain ViT.
     """
     onnx = need_package("onnx", "onnx", "export to ONNX")
     if verify:
@@ -81,13 +84,19 @@ def export_onnx(
         msg = f"size={size} must be a multiple of {_STRIDE}."
         raise ValueError(msg)
     segmenter = model if isinstance(model, Segmenter) else Segmenter.load(model)
+    vit = is_plain_vit(segmenter.config.encoder)
+    if vit and size is None:
+        msg = (
+            f"The encoder {segmenter.config.encoder!r} is bound to one size in ONNX: name the tiles' width with size=."
+        )
+        raise ValueError(msg)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     module = _Maps(segmenter.module).cpu().eval()
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
         made = Path(folder) / "model.onnx"
         n = len(segmenter.config.channels)
-        _export(module, made, n, size, opset)
+        _export(_of_one_size(module, size) if vit and size else module, made, n, size, opset)
         graph = onnx.load(made)
         onnx.helper.set_model_props(graph, _metadata(segmenter))
         onnx.checker.check_model(graph)
@@ -96,6 +105,13 @@ def export_onnx(
             _compare(module, made, n, size)
         made.replace(path)
     return path
+
+
+def _of_one_size(module: nn.Module, size: int) -> nn.Module:
+    """Copy whose ViT has the position embeddings of a size: ONNX cannot resize them as timm does."""
+    copied: Any = copy.deepcopy(module)
+    copied.module.encoder.model.set_input_size(img_size=(size, size))
+    return copied
 
 
 def _export(module: nn.Module, path: Path, n_channels: int, size: int | None, opset: int) -> None:

@@ -100,7 +100,7 @@ def pretrain(
     Returns
     -------
     The student: its encoder is pretrained, its decoder freshly drawn. ``history`` has ``loss``, of MAE the error of
-    normalised patches (1: nothing learnt), and of MoCo besides ``accuracy``, the share of views that find their twin.
+    normalised patches (1: nothing learnt; less where patches are flat), and of MoCo besides ``accuracy``, the share of views that find their twin.
 
     Raises
     ------

@@ -185,6 +185,9 @@ def read_folder(
     *,
     images: str = "images/*",
     labels: str | None = "labels/*",
+    labels_path: str | Path | None = None,
+    unlabelled: bool = False,
+    mask: bool = False,
     channels: Sequence[str] | None = None,
     um_per_px: float | None = None,
     on_error: OnError = "raise",
@@ -199,6 +202,12 @@ def read_folder(
         Pattern of the images, relative to the folder: png, tif, tiff, npy. Files that begin with a dot are ignored.
     labels
         Pattern of the label images: 0 is background, every object has a number of its own. ``None``: there are none.
+    labels_path
+        Folder that ``labels`` is relative to, where that is not ``path``.
+    unlabelled
+        Whether an image without a label image is read too, as a field without labels.
+    mask
+        Whether label images are masks of one class: what is not 0 becomes 1.
     channels
         Names of the channels. An image of several channels may be (c, y, x) or (y, x, c): the channels are the only one
         of the two axes that is as long as this list. ``None``: images have no axis of channels, their one channel is
@@ -219,15 +228,17 @@ def read_folder(
         No such folder.
     ValueError
         No image; bad files: images that cannot be read or whose channels cannot be told; no label image, or no image
-        of a label image; label images of another size, of floats, of one class instead of instances, or without any object.
+        of a label image; label images of another size, of floats, of one class instead of instances (without ``mask``), or
+        without any object.
     """
-    path = Path(path)
+    path, label_folder = Path(path), Path(path if labels_path is None else labels_path)
     check(on_error)
-    if not path.is_dir():
-        msg = f"{path} is no folder."
-        raise FileNotFoundError(msg)
+    for folder in (path, label_folder):
+        if not folder.is_dir():
+            msg = f"{folder} is no folder."
+            raise FileNotFoundError(msg)
     names = ("image",) if channels is None else tuple(channels)
-    found = {"images": _by_stem(path, images), "labels": {} if labels is None else _by_stem(path, labels)}
+    found = {"images": by_stem(path, images), "labels": {} if labels is None else by_stem(label_folder, labels)}
     if not found["images"]:
         msg = f"No file in {path} matches images={images!r}."
         raise ValueError(msg)
@@ -237,19 +248,20 @@ def read_folder(
         earlier = len(problems)
         image = numbers = None
         with noted(problems):
-            file = _only("image", stem, found["images"], path)
-            image = _channels_first(_read_array(file), names, file.name)
+            file = the_only("image", stem, found["images"], path)
+            image = channels_first(read_array(file), names, file.name)
         with noted(problems):
-            if labels is not None:
-                file = _only("label image", stem, found["labels"], path)
+            if labels is not None and not (unlabelled and stem not in found["labels"]):
+                file = the_only("label image", stem, found["labels"], label_folder)
                 shape = None if image is None else image.shape[1:]
-                numbers = _instances(_read_array(file, palette=True), file.name, shape)
+                numbers = _label_image(read_array(file, palette=True), file.name, shape, mask=mask)
         if image is not None and len(problems) == earlier:
             fields.append(Field(stem, image, names, numbers, um_per_px))
     return settled(fields, problems, on_error, path)
 
 
-def _by_stem(path: Path, pattern: str) -> dict[str, list[Path]]:
+def by_stem(path: Path, pattern: str) -> dict[str, list[Path]]:
+    """Files that a pattern matches, by their names without an ending."""
     groups: dict[str, list[Path]] = defaultdict(list)
     for file in sorted(path.glob(pattern)):
         if file.is_file() and not file.name.startswith("."):
@@ -257,18 +269,18 @@ def _by_stem(path: Path, pattern: str) -> dict[str, list[Path]]:
     return groups
 
 
-def _only(sort: str, stem: str, found: dict[str, list[Path]], path: Path) -> Path:
+def the_only(sort: str, stem: str, found: dict[str, list[Path]], path: Path) -> Path:
     """The one file of a stem."""
     files = found.get(stem, [])
     if not files:
-        hint = " (labels=None reads images that have none)" if sort == "label image" else ""
+        hint = " (labels=None or unlabelled=True reads images that have none)" if sort == "label image" else ""
         bad(f"{stem}: no {sort} of this name{hint}")
     if len(files) > 1:
         bad(f"{', '.join(file.relative_to(path).as_posix() for file in files)}: {len(files)} {sort}s of one name")
     return files[0]
 
 
-def _read_array(file: Path, *, palette: bool = False) -> np.ndarray:
+def read_array(file: Path, *, palette: bool = False) -> np.ndarray:
     """Array of a file; with ``palette``, a png of coloured numbers gives its numbers."""
     suffix = file.suffix.lower()
     try:
@@ -288,7 +300,8 @@ def _read_array(file: Path, *, palette: bool = False) -> np.ndarray:
     return array
 
 
-def _channels_first(array: np.ndarray, names: tuple[str, ...], file: str) -> np.ndarray:
+def channels_first(array: np.ndarray, names: tuple[str, ...], file: str) -> np.ndarray:
+    """Image (c, y, x) of a file's array."""
     if array.dtype == bool or np.issubdtype(array.dtype, np.complexfloating) or 0 in array.shape:
         bad(f"{file}: an image of the type {array.dtype}, shape {array.shape}; integers or floats are needed")
     if array.ndim == 2 and len(names) == 1:
@@ -300,22 +313,24 @@ def _channels_first(array: np.ndarray, names: tuple[str, ...], file: str) -> np.
     bad(f"{file}: an image of the shape {array.shape}: {what} the {len(names)} channel(s) {list(names)}")
 
 
-def _instances(array: np.ndarray, name: str, shape: tuple[int, ...] | None) -> np.ndarray:
-    """Labels as int32, checked to be instances, and to be of the shape (y, x) of their image where that is known."""
+def _label_image(array: np.ndarray, name: str, shape: tuple[int, ...] | None, *, mask: bool) -> np.ndarray:
+    """Labels as int32, of instances or of a mask, and of the shape (y, x) of their image where that is known."""
     if array.shape != (shape or array.shape[:2]):
         bad(f"{name}: the label image has the size {array.shape}, its image {shape or 'two axes'} (y, x)")
     if not (np.issubdtype(array.dtype, np.integer) or array.dtype == bool):
         bad(f"{name}: a label image of the type {array.dtype}; integers, one number an object, are needed")
     labels = whole_numbers(array.astype(np.uint8) if array.dtype == bool else array, name)
-    numbers = np.unique(labels[labels > 0])
-    if not len(numbers):
+    if not (labels > 0).any():
         bad(f"{name}: the label image has no object")
+    if mask:
+        return (labels > 0).astype(np.int32)
+    numbers = np.unique(labels[labels > 0])
     # A field may well hold a single object; numbers of masks, and several pieces of one number, say that it is a mask.
     if len(numbers) == 1 and (
         array.dtype == bool or numbers[0] in (255, 65535) or ndimage.label(labels, np.ones((3, 3)))[1] > 1
     ):
         bad(
             f"{name}: a mask of one class (the only value beside 0 is {numbers[0]}), not labels of instances; "
-            "`skimage.measure.label(mask)` numbers objects that do not touch"
+            "`skimage.measure.label(mask)` numbers objects that do not touch, mask=True reads masks as they are"
         )
     return labels

@@ -13,7 +13,8 @@ import numpy as np
 from ._distill import distill, finetune
 from ._segmenter import Segmenter
 from ._synthesize import synthesize
-from .teachers import SemanticTeacher, finetune_lora, tune
+from .teachers import SemanticTeacher, tune
+from .teachers._lora import finetune_lora
 
 if TYPE_CHECKING:
     from ._fields import Field

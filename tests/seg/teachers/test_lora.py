@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from histoniche._random import isolated_rng
-from histoniche.seg import Field
-from histoniche.seg.teachers import LiteMedSAM, PromptedTeacher, Prompts, SemanticTeacher, finetune_lora, tune
+from histoniche.seg import Field, finetune_lora
+from histoniche.seg.teachers import LiteMedSAM, PromptedTeacher, Prompts, SemanticTeacher, tune
 from histoniche.seg.teachers._lora import _adapted
 from histoniche.seg.teachers._sam import digest
 

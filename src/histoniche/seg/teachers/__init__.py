@@ -5,7 +5,6 @@ from histoniche.seg._access import TeacherAccessError
 from ._cache import teach
 from ._cellsam import CellSAM
 from ._litemedsam import LiteMedSAM
-from ._lora import finetune_lora
 from ._prompts import Prompts
 from ._protocol import CallableTeacher, Output, Teacher
 from ._sam import PromptedTeacher
@@ -23,7 +22,6 @@ __all__ = [
     "SemanticTeacher",
     "Teacher",
     "TeacherAccessError",
-    "finetune_lora",
     "teach",
     "tune",
 ]
