@@ -22,7 +22,7 @@ PATCH = 128
 """Width in px of a patch that is labelled, or that the teacher segments."""
 TEST = 256
 """Width in px of a field that is measured on."""
-N_TRANSFER, N_TUNE = 96, 48
+N_TRANSFER, N_TUNE, N_LORA = 96, 48, 120
 STAINS = ("DAPI", "boundary", "18S")
 BANDS = {"tune": (0.0, 0.28), "transfer": (0.30, 0.60), "validation": (0.62, 0.70), "test": (0.72, 1.0)}
 """Parts of the height of the pancreas: labels that the teacher was tuned on, patches that it teaches on, held-out parts.
@@ -81,7 +81,7 @@ def bbbc038(data: Path) -> Split:
 def pancreas(data: Path) -> Split:
     """Xenium pancreas, whole cells, split by parts of its height.
 
-    The teacher is LiteMedSAM on three stains, with a decoder trained on labelled patches of a part of its own.
+    The teacher is LiteMedSAM on three stains, adapted on labelled patches of a part of its own: a new decoder, then LoRA.
     """
     sdata = read_xenium_pancreas(data / "xenium_pancreas", shapes=True)
     xy = np.asarray(sdata.tables["table"].obsm["spatial"])
@@ -104,9 +104,11 @@ def pancreas(data: Path) -> Split:
         ]
 
     untuned = LiteMedSAM(STAINS, prompts=Prompts("boxes"))
-    teacher = tune(take("tune", N_TUNE, PATCH, 1), teacher=untuned, n_steps=200)
+    patches = take("tune", N_TUNE, PATCH, 1)
+    tuned = tune(patches, teacher=untuned, n_steps=200)
+    teacher = seg.finetune_lora(patches, teacher=tuned, n_steps=N_LORA, batch_size=2)
     held_out = {"test": take("test", 24, TEST, 4), "validation": take("validation", 10, TEST, 3)}
-    return Split("DAPI", take("transfer", N_TRANSFER, PATCH, 2), held_out, teacher, {"boxes, not tuned": untuned})
+    return Split("DAPI", take("transfer", N_TRANSFER, PATCH, 2), held_out, teacher, {"boxes, not tuned": untuned, "decoder tuned": tuned})
 
 
 def teacher_maps(teacher: Teacher, item: Field) -> np.ndarray:

@@ -113,7 +113,8 @@ def test_api_page_lists_every_public_name(room: str) -> None:
 
 
 def test_there_is_a_tutorial() -> None:
-    assert [path.name for path in NOTEBOOKS] == ["distill_niches.ipynb", "distill_segmentation.ipynb"]
+    names = ["distill_niches.ipynb", "distill_segmentation.ipynb", "few_labels.ipynb"]
+    assert [path.name for path in NOTEBOOKS] == names
     assert (DOCS / "tutorials").resolve() == (ROOT / "tutorials").resolve()
 
 

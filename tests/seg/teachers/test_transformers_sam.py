@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import SamConfig, SamModel
 from transformers.models.sam.configuration_sam import SamMaskDecoderConfig, SamPromptEncoderConfig, SamVisionConfig
 
+from histoniche.seg import finetune_lora
 from histoniche.seg._fields import Field
-from histoniche.seg.teachers import SAM, PromptedTeacher, Prompts, TeacherAccessError
+from histoniche.seg.teachers import SAM, PromptedTeacher, Prompts, SemanticTeacher, TeacherAccessError
 
 CENTRE = torch.tensor([123.675, 116.28, 103.53])[:, None, None]
 SPREAD = torch.tensor([58.395, 57.12, 57.375])[:, None, None]
@@ -237,3 +239,49 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r"needs the package transformers: pip install"):
         SAM(["dapi"])
+
+
+# ----------------------------------------------------------------------------------------------- adapted to a task
+def test_hidden_features_are_those_of_the_blocks(teacher: SAM, net: SamModel, item: Field) -> None:
+    hidden = teacher.hidden(item)
+    assert {name: maps.shape for name, maps in hidden.items()} == {
+        "block0": (32, 2, 4), "block1": (32, 2, 4), "embedding": (16, 2, 4),
+    }  # fmt: skip
+    encoder = net.vision_encoder
+    with torch.no_grad():
+        tokens = encoder.patch_embed(pixel_values(item)) + encoder.pos_embed
+        for k, layer in enumerate(encoder.layers):
+            tokens = layer(tokens)
+            np.testing.assert_allclose(hidden[f"block{k}"], tokens[0, :2].permute(2, 0, 1).numpy(), atol=1e-5)
+
+
+def test_its_own_decoder_without_a_prompt(teacher: SAM, net: SamModel, item: Field) -> None:
+    embedding = torch.cat([teacher.embed(item.read(["dapi"]))[0], torch.ones(1, 16, 4, 4)])
+    decoder = teacher.unprompted_decoder()
+    with torch.no_grad():
+        logits = decoder(embedding)
+        wanted = net(image_embeddings=embedding, multimask_output=True).pred_masks[:, 0, :2]
+    assert logits.shape == (2, 2, 16, 16)
+    torch.testing.assert_close(logits, wanted, atol=1e-5, rtol=1e-5)
+    assert not any(a is b for a in decoder.parameters() for b in teacher.module.parameters())  # a copy
+
+
+@pytest.mark.parametrize("decoder", ["dense", "mask"])
+def test_lora_in_the_attention_of_every_block(folder: Path, item: Field, decoder: str, tmp_path: Path) -> None:
+    labels = np.zeros(item.shape, dtype=np.int32)
+    labels[4:20, 4:20] = 1
+    base = SAM(["dapi"], weights=folder)
+    options = {"n_steps": 2, "batch_size": 2, "patch_px": 32, "lr": 1e-4, "decoder": decoder}
+    teacher = finetune_lora([replace(item, labels=labels)], teacher=base, **options)
+    adapted = [name for name, _ in teacher.base.module.named_modules() if name.endswith("lora_A")]
+    assert adapted == [f"vision_encoder.layers.{k}.attn.qkv.lora_A" for k in range(2)]
+    assert all(
+        layer.lora_B["default"].weight.abs().max() > 0 for layer in map(_qkv, teacher.base.module.vision_encoder.layers)
+    )
+    teacher.save(tmp_path / "task")
+    again = SemanticTeacher.load(tmp_path / "task", teacher=base)
+    np.testing.assert_array_equal(again(item).maps, teacher(item).maps)
+
+
+def _qkv(layer: torch.nn.Module) -> torch.nn.Module:
+    return layer.attn.qkv
