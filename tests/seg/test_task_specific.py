@@ -153,3 +153,14 @@ def test_a_stage_that_fails_leaves_nothing_that_is_taken_for_its_result(tmp_path
         stages.run("one", {"x": 2}, load, save, fail)
     assert stages.run("one", {"x": 1}, load, save, lambda _: "made") == "made"
     assert stages.run("one", {"x": 1}, load, save, fail) == "made"
+
+
+def test_images_of_different_sizes_and_bit_depths(options: Any, fields: list[Field], tmp_path: Path) -> None:
+    wide = replace(
+        fields[2], name="wide", image=np.tile(fields[2].image.astype(np.uint16) * 200, (1, 1, 2)), labels=None
+    )  # fmt: skip
+    real = replace(fields[3], name="real", image=fields[3].image / 255.0, labels=None)
+    student = task_specific_distill(fields[:1], unlabelled=[wide, real], **options(tmp_path))
+    assert Segmenter.load(tmp_path / "distilled").config.training["fields"] == 3
+    brighter = replace(fields[4], image=fields[4].image.astype(np.uint16) * 200)
+    np.testing.assert_allclose(student.predict_field(brighter), student.predict_field(fields[4]), atol=1e-4)

@@ -92,7 +92,7 @@ def align(
 
     Returns
     -------
-    Views, their maps (2, y, x), their hidden features by layer, and the comparison.
+    Views, their maps (2, y, x), their hidden features (c, h, w) float16 by layer, and the comparison.
 
     Raises
     ------
@@ -109,7 +109,8 @@ def align(
         raise ValueError(msg)
     grids = {name: mine[layer][1] for layer, name in pairs.items()}
     asked = teach_hidden(cut, teacher=teacher, layers=grids, maps=maps, cache=cache)
-    hidden = [[output[name] for name in pairs.values()] for output in asked]
+    # They are most of the memory, and have been rounded to float16 anyway.
+    hidden = [[output[name].astype(np.float16) for name in pairs.values()] for output in asked]
     nothing = np.zeros((2, patch_px, patch_px), dtype=np.float32)
     with isolated_rng(seed):
         distance = HiddenAlignment([mine[layer][0] for layer in pairs], [len(layer) for layer in hidden[0]])

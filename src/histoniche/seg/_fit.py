@@ -106,14 +106,14 @@ class Stacks:
         if not self.hidden:
             return [training_patch(self[row], n, size, rng).numpy()]
         if self.labelled(row):
-            nothing = [np.zeros_like(layer) for layer in self.hidden[0]]
+            nothing = [np.zeros(layer.shape, np.float32) for layer in self.hidden[0]]
             return [training_patch(self[row], n, size, rng).numpy(), *nothing]
         turns, mirrored = int(rng.integers(4)), bool(rng.integers(2))
         stack, *hidden = (
             quarter_turned(torch.from_numpy(maps), turns, mirrored=mirrored) for maps in (self[row], *self.hidden[row])
         )
         stack = torch.cat([relit(stack[:n], rng).clamp(0, 1), stack[n:]])
-        return [stack.numpy(), *(layer.numpy() for layer in hidden)]
+        return [stack.numpy(), *(layer.float().numpy() for layer in hidden)]
 
     def fingerprint(self) -> str:
         """SHA-256 of all pixels and targets."""
