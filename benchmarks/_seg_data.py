@@ -10,13 +10,14 @@ import numpy as np
 from _readers import read_xenium_pancreas
 
 from histoniche import seg
-from histoniche.seg.teachers import LiteMedSAM, Output, Prompts, tune
+from histoniche.seg.teachers import LiteMedSAM, Output, Prompts, SemanticTeacher, tune
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from histoniche.seg import Field
-    from histoniche.seg.teachers import Teacher
+    from histoniche.seg.teachers import PromptedTeacher, Teacher
 
 PATCH = 128
 """Width in px of a patch that is labelled, or that the teacher segments."""
@@ -60,8 +61,9 @@ class Split:
         return [self.transfer[row] for row in rows]
 
 
-def bbbc038(data: Path) -> Split:
+def bbbc038(data: Path, folder: Path) -> Split:
     """BBBC038, all kinds of images, split by image; the teacher is LiteMedSAM as it comes, asked by boxes (oracle)."""
+    del folder
     every = seg.read_bbbc038(data / "bbbc038" / "stage1_train.zip", kinds=("fluorescence", "brightfield", "histology"))
     images = [item for item in every if min(item.shape) >= TEST]
     rng = np.random.default_rng(38)
@@ -78,10 +80,11 @@ def bbbc038(data: Path) -> Split:
     return Split("DNA", transfer, held_out, teacher, {})
 
 
-def pancreas(data: Path) -> Split:
+def pancreas(data: Path, folder: Path) -> Split:
     """Xenium pancreas, whole cells, split by parts of its height.
 
-    The teacher is LiteMedSAM on three stains, adapted on labelled patches of a part of its own: a new decoder, then LoRA.
+    The teacher is LiteMedSAM on three stains, adapted on labelled patches of a part of its own: a new decoder, then LoRA. Both are
+    kept in the folder.
     """
     sdata = read_xenium_pancreas(data / "xenium_pancreas", shapes=True)
     xy = np.asarray(sdata.tables["table"].obsm["spatial"])
@@ -105,10 +108,24 @@ def pancreas(data: Path) -> Split:
 
     untuned = LiteMedSAM(STAINS, prompts=Prompts("boxes"))
     patches = take("tune", N_TUNE, PATCH, 1)
-    tuned = tune(patches, teacher=untuned, n_steps=200)
-    teacher = seg.finetune_lora(patches, teacher=tuned, n_steps=N_LORA, batch_size=2)
+    tuned = _kept(folder / "tuned", untuned, lambda: tune(patches, teacher=untuned, n_steps=200))
+    options = {"n_steps": N_LORA, "batch_size": 2, "checkpoint": folder / "lora.state", "checkpoint_every": 10}
+    teacher = _kept(folder / "lora", untuned, lambda: seg.finetune_lora(patches, teacher=tuned, **options))
     held_out = {"test": take("test", 24, TEST, 4), "validation": take("validation", 10, TEST, 3)}
-    return Split("DAPI", take("transfer", N_TRANSFER, PATCH, 2), held_out, teacher, {"boxes, not tuned": untuned, "decoder tuned": tuned})
+    return Split(
+        "DAPI",
+        take("transfer", N_TRANSFER, PATCH, 2),
+        held_out,
+        teacher,
+        {"boxes, not tuned": untuned, "decoder tuned": tuned},
+    )
+
+
+def _kept(path: Path, base: PromptedTeacher, make: Callable[[], SemanticTeacher]) -> SemanticTeacher:
+    """A teacher that was kept, or make and keep it."""
+    if not path.exists():
+        make().save(path)
+    return SemanticTeacher.load(path, teacher=base)
 
 
 def teacher_maps(teacher: Teacher, item: Field) -> np.ndarray:

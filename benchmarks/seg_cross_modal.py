@@ -127,7 +127,7 @@ def prepare(name: str, data: Path, out: Path) -> None:
     if (folder / "teacher.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    split = SPLITS[name](data)
+    split = SPLITS[name](data, folder)
     taught = seg.teachers.teach(split.transfer, teacher=split.teacher, cache=out / "cache")
     save_split(split, taught, folder)
     fields = split.held_out["test"]
