@@ -166,6 +166,13 @@ def test_scale_bar_can_be_left_out_and_needs_um(field):
     assert figure.axes[0].get_xlim() == (0, 40)  # px
 
 
+def test_colour_picture_has_no_names_of_channels():
+    field = replace(make_field(n_channels=3), channels=("red", "green", "blue"))
+    ax = segmentation(field, segmentations={}).axes[0]
+    assert not [text for text in ax.texts if text.get_gid() == "channel"]
+    np.testing.assert_allclose(ax.images[0].get_array(), np.moveaxis(field.read(field.channels), 0, -1), atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("channels", "planes"),
     [

@@ -292,7 +292,9 @@ def _draw_image(ax: Axes, row: _Row) -> None:
 
 
 def _name_channels(ax: Axes, names: list[str]) -> None:
-    """Names of the channels in their colours, in the upper left corner."""
+    """Names of the channels in their colours, in the upper left corner; a colour picture needs none."""
+    if [name.lower()[:1] for name in names] == ["r", "g", "b"]:
+        return
     for i, (name, color) in enumerate(zip(names, _COLORS_OF_CHANNELS[len(names)], strict=True)):
         ax.annotate(
             name, (0, 1), xycoords="axes fraction", xytext=(3, -3 - 11 * i), textcoords="offset points",

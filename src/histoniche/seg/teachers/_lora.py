@@ -78,7 +78,7 @@ def finetune_lora(
         ``"dense"``: a new convolutional decoder; ``"mask"``: the network's own, all of it trained and asked without a
         prompt. Ignored where the teacher has one already.
     n_steps, batch_size, lr, weight_decay
-        Schedule; a ``"dense"`` decoder learns three times faster.
+        Schedule; a new ``"dense"`` decoder learns three times faster.
     patch_px
         Width of a patch, which is scaled to the teacher's input.
     checkpoint, checkpoint_every
@@ -122,7 +122,7 @@ def finetune_lora(
         kind = start.kind if start else decoder
         head = copy.deepcopy(start.decoder) if start else make_decoder(kind, base, n_features=_width(base))
         network = _Adapted(base, head.requires_grad_(requires_grad=True))
-        faster = {"decoder.": _DECODER_FASTER} if kind == "dense" else {}
+        faster = {"decoder.": _DECODER_FASTER} if kind == "dense" and start is None else {}
         keep = None
         if checkpoint is not None:
             sha = [weights_digest(network), *(weights_digest(_Pixels(stack)) for stack in stacks)]
