@@ -26,16 +26,16 @@ from histoniche import seg, settings
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 ARMS = ("scratch", "mae", "mocov3", "task_agnostic_kd", "ts_kd")
 SMALL: dict[str, Any] = {
-    "tuning": {"n_steps": 200, "batch_size": 4, "n_views": 12},
+    "tuning": {"n_steps": 200, "batch_size": 4},
     "adaptation": {"n_steps": 30, "batch_size": 2, "rank": 4},
-    "pretraining": {"n_steps": 300, "batch_size": 8, "lr": 1e-3, "n_views": 4},
+    "pretraining": {"n_steps": 300, "batch_size": 8, "lr": 1e-3},
     "finetuning": {"n_steps": 200, "batch_size": 8, "lr": 1e-3},
 }
 """For two cores."""
 LARGE: dict[str, Any] = {
-    "tuning": {"n_steps": 1000, "batch_size": 8, "n_views": 32},
+    "tuning": {"n_steps": 1000, "batch_size": 8},
     "adaptation": {"n_steps": 2000, "batch_size": 4, "rank": 4},
-    "pretraining": {"n_steps": 20000, "batch_size": 64, "lr": 1e-3, "n_views": 16},
+    "pretraining": {"n_steps": 20000, "batch_size": 64, "lr": 1e-3},
     "finetuning": {"n_steps": 4000, "batch_size": 32, "lr": 1e-3},
 }
 """For a GPU."""
@@ -55,10 +55,13 @@ def one_task(name: str, data: Path, out: Path, seeds: list[int], *, part: str, l
         )  # fmt: skip
     else:
         teacher = seg.teachers.LiteMedSAM(task.channels)
+    options = LARGE if large else SMALL
+    for stage, n_views in zip(("tuning", "pretraining"), task.views, strict=True):
+        options = {**options, stage: {**options[stage], "n_views": n_views}}
     for seed in seeds:
         frame = seg.compare(
             task.fields, test=task.held_out[part], teacher=teacher, folder=out / name / part, synthetic=synthetic, arms=ARMS,
-            n_labelled=task.n_labelled, seeds=[seed], channel=task.channels, patch_px=PATCH, **(LARGE if large else SMALL),
+            n_labelled=task.n_labelled, seeds=[seed], channel=task.channels, patch_px=PATCH, **options,
         )  # fmt: skip
         frame.to_csv(out / f"{name}.{part}.{seed}.csv", index=False)
         print(f"{name} seed {seed}\n{frame.to_string(index=False)}", flush=True)
