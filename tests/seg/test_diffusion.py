@@ -12,7 +12,7 @@ import torch
 from histoniche.models import _training
 from histoniche.seg import _access
 from histoniche.seg._copies import turned
-from histoniche.seg._diffusion import Diffusion, pixels_digest, training_batch
+from histoniche.seg._diffusion import Diffusion, training_batch
 
 SMALL = {"width": (8, 16), "seed": 0}
 
@@ -208,9 +208,3 @@ def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_access, "import_module", fail)
     with pytest.raises(ImportError, match=r"synthetic images needs the package diffusers: pip install"):
         Diffusion(1, 16)
-
-
-def test_digest_follows_pixels_and_shape() -> None:
-    image = np.arange(64, dtype=np.uint8).reshape(1, 8, 8)
-    assert pixels_digest(image) == pixels_digest(image.copy())
-    assert len({pixels_digest(i) for i in (image, image.reshape(4, 4, 4), image + 1)}) == 3

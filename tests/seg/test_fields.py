@@ -6,7 +6,7 @@ import dask.array as da
 import numpy as np
 import pytest
 
-from histoniche.seg._fields import STRETCH, Field, patches, percentile_limits, stretch
+from histoniche.seg._fields import STRETCH, Field, patches, percentile_limits, pixels_digest, stretch
 
 
 def make(shape=(2, 40, 50), **changes):
@@ -157,3 +157,9 @@ def test_region_is_cut_and_checked() -> None:
     np.testing.assert_array_equal(item.crop(2, 3, 3, 3).region, region[2:5, 3:6])
     with pytest.raises(ValueError, match=r"the region is \(6, 8\) int64; \(6, 8\) bool"):
         Field("a", item.image, ("grey",), region=region.astype(int))
+
+
+def test_digest_follows_pixels_and_shape() -> None:
+    image = np.arange(64, dtype=np.uint8).reshape(1, 8, 8)
+    assert pixels_digest(image) == pixels_digest(image.copy())
+    assert len({pixels_digest(i) for i in (image, image.reshape(4, 4, 4), image + 1)}) == 3

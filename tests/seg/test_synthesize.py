@@ -17,7 +17,8 @@ from PIL import Image
 
 from histoniche.seg import Field, read_synthetic, synthesize
 from histoniche.seg._copies import turned
-from histoniche.seg._diffusion import Diffusion, pixels_digest
+from histoniche.seg._diffusion import Diffusion
+from histoniche.seg._fields import pixels_digest
 
 QUICK = {"size_px": 16, "n_steps": 3, "batch_size": 2, "width": (8, 16), "ddim_steps": 2, "checkpoint_every": 1}
 COPIES = "may be copies"

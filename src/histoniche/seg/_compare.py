@@ -87,7 +87,7 @@ def compare(
     Returns
     -------
     One row a run: ``arm``, ``n_labelled``, ``seed``, and means over the test fields of ``dice`` and ``hausdorff95`` (um, or px
-    where um/px is unknown), the share of fields ``missed``, and the ``loss`` of the last steps.
+    where um/px is unknown), and the share of fields ``missed``.
 
     Raises
     ------

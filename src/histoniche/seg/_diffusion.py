@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
@@ -20,6 +19,7 @@ from histoniche.models._training import train
 
 from ._access import need_package
 from ._copies import SYMMETRIES, turned
+from ._fields import pixels_digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -267,10 +267,3 @@ def training_batch(pixels: Sequence[np.ndarray], size: int, n: int, rng: np.rand
         patches.append(turned(image[:, y : y + size, x : x + size], int(rng.integers(SYMMETRIES))))
     images = np.stack(patches).astype(np.float32) / 127.5 - 1
     return images, rng.standard_normal(images.shape, dtype=np.float32), rng.integers(NOISE_STEPS, size=n)
-
-
-def pixels_digest(image: np.ndarray) -> str:
-    """SHA-256 of shape and pixels of an image."""
-    sha = hashlib.sha256(f"{image.dtype} {image.shape}\n".encode())
-    sha.update(np.ascontiguousarray(image).tobytes())
-    return sha.hexdigest()

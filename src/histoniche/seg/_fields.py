@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -196,3 +197,10 @@ def _starts(length: int, size: int, step: int) -> list[int]:
     if length <= size:
         return [0]
     return sorted({*range(0, length - size, step), length - size})
+
+
+def pixels_digest(image: np.ndarray) -> str:
+    """SHA-256 of shape and pixels of an image."""
+    sha = hashlib.sha256(f"{image.dtype} {image.shape}\n".encode())
+    sha.update(np.ascontiguousarray(image).tobytes())
+    return sha.hexdigest()

@@ -12,8 +12,8 @@ from tqdm.auto import tqdm
 from histoniche._settings import settings
 
 from ._copies import COMPARED_PX, QUANTILE, SHARE, copy_ratios, draw, is_flat, patch_grid, real_ratios, reduced
-from ._diffusion import Diffusion, pixels_digest
-from ._fields import Field
+from ._diffusion import Diffusion
+from ._fields import Field, pixels_digest
 from ._synthetic_store import CHECKPOINT, IMAGES, MODEL, PICTURE, RECORD, Store
 
 if TYPE_CHECKING:

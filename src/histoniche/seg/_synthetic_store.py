@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from ._diffusion import pixels_digest
+from ._fields import pixels_digest
 
 if TYPE_CHECKING:
     from pathlib import Path

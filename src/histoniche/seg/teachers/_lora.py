@@ -21,6 +21,7 @@ from histoniche.models._directory import weights_digest
 from histoniche.models._training import epoch_batches, train
 from histoniche.seg._access import need_package
 from histoniche.seg._augment import training_patch
+from histoniche.seg._fields import pixels_digest
 from histoniche.seg._losses import cross_entropy_and_dice
 from histoniche.seg._targets import maps_of_labels
 
@@ -125,7 +126,7 @@ def finetune_lora(
         faster = {"decoder.": _DECODER_FASTER} if kind == "dense" and start is None else {}
         keep = None
         if checkpoint is not None:
-            sha = [weights_digest(network), *(weights_digest(_Pixels(stack)) for stack in stacks)]
+            sha = [weights_digest(network), *map(pixels_digest, stacks)]
             settings = [rank, alpha, targets, kind, n_steps, batch_size, patch_px, lr, weight_decay, seed, sha]
             keep = Checkpoint(Path(checkpoint), json.dumps(settings), every=checkpoint_every)
         history = train(
@@ -139,14 +140,6 @@ def finetune_lora(
     if checkpoint is not None:
         Path(checkpoint).unlink(missing_ok=True)
     return adapted
-
-
-class _Pixels(nn.Module):
-    """An array that has a digest."""
-
-    def __init__(self, pixels: np.ndarray) -> None:
-        super().__init__()
-        self.register_buffer("pixels", torch.from_numpy(pixels))
 
 
 class _Adapted(nn.Module):

@@ -190,9 +190,9 @@ class PromptedTeacher(ABC):
     def __call__(self, item: Field, *, features: bool = False) -> Output:
         """Segment a field; ``features`` adds what :meth:`hidden` gives."""
         pixels = item.read(self.named)
-        embedding, inner, hidden = self.embed_hidden(pixels)
+        embedding, inner, hidden = self.embed_hidden(pixels) if features else (*self.embed(pixels), {})
         maps = maps_of_masks(self._masks(item, pixels, embedding, inner), item.shape)
-        return check_output(Output(maps, hidden if features else {}), item, self.name)
+        return check_output(Output(maps, hidden), item, self.name)
 
     def _masks(self, item: Field, pixels: np.ndarray, embedding: Tensor, inner: list[int]) -> Iterator[Tensor]:
         """Soft masks (n, y, x) at the size of the field, batch by batch."""

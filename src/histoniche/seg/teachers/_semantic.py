@@ -88,11 +88,12 @@ class SemanticTeacher:
     @torch.inference_mode()
     def __call__(self, item: Field, *, features: bool = False) -> Output:
         """Segment a field; ``features`` adds what :meth:`hidden` gives."""
-        embedding, inner, hidden = self.base.embed_hidden(item.read(self.base.named))
+        pixels = item.read(self.base.named)
+        embedding, inner, hidden = self.base.embed_hidden(pixels) if features else (*self.base.embed(pixels), {})
         with self._fabric.autocast():
             logits = self.base.unpadded(self.decoder(embedding), inner)
         maps = F.interpolate(logits.float(), size=item.shape, mode="bilinear", align_corners=False).sigmoid()[0]
-        return check_output(Output(maps.cpu().numpy(), hidden if features else {}), item, self.name)
+        return check_output(Output(maps.cpu().numpy(), hidden), item, self.name)
 
     def hidden(self, item: Field) -> dict[str, np.ndarray]:
         """Hidden features of a field, as :meth:`PromptedTeacher.hidden` gives them."""
