@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from ._distill import distill, finetune
+from ._fields import pixels_digest
 from ._segmenter import Segmenter
 from ._synthesize import synthesize
 from .teachers import SemanticTeacher, tune
@@ -234,23 +234,20 @@ def _described(options: Options) -> dict[str, Any]:
 
 
 def content_hashes(fields: Sequence[Field], *, labels: bool = False) -> list[str]:
-    """Hash of each field's pixels, whatever its name: 16 hexadecimal digits of a SHA-256.
+    """Hash of each field's pixels, whatever its name and type: 16 hexadecimal digits of a SHA-256.
 
     Parameters
     ----------
     fields
         Fields.
     labels
-        Whether the labels count too.
+        Whether the labels count too, by 16 digits more.
     """
-    hashes = []
-    for item in fields:
-        pixels = np.ascontiguousarray(item.image, dtype=np.float32)
-        sha = hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes())
-        if labels:
-            sha.update(np.ascontiguousarray(item.read_labels()).tobytes())
-        hashes.append(sha.hexdigest()[:16])
-    return hashes
+    return [
+        pixels_digest(np.asarray(item.image, dtype=np.float32))[:16]
+        + (pixels_digest(item.read_labels())[:16] if labels else "")
+        for item in fields
+    ]
 
 
 def check_disjoint(fields: Sequence[Field], held_out: Sequence[Field]) -> None:
