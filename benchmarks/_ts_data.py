@@ -72,20 +72,17 @@ def chase_db1(data: Path) -> Task:
 
 
 def bbbc038(data: Path) -> Task:
-    """Nuclei of BBBC038, all kinds of images as grey, split by image; one patch of each training image."""
+    """Nuclei of BBBC038, all kinds of images as grey, split by image; one square of 256 px of each."""
     every = seg.read_bbbc038(data / "bbbc038" / "stage1_train.zip", kinds=("fluorescence", "brightfield", "histology"))
     images = [item for item in every if min(item.shape) >= 2 * PATCH]
     rng = np.random.default_rng(38)
     images = [images[row] for row in rng.permutation(len(images))]
-    held_out = {"test": images[:24], "validation": images[24:36]}
-    held_out = {part: [item.crop(0, 0, 2 * PATCH, 2 * PATCH) for item in fields] for part, fields in held_out.items()}
-    fields = []
-    for item in images[52:]:
-        y, x = (int(rng.integers(length - PATCH + 1)) for length in item.shape)
-        patch = item.crop(y, x, PATCH, PATCH)
-        if len(np.unique(patch.read_labels())) > 3 and len(fields) < 64:
-            fields.append(patch)
-    return Task(["DNA"], fields, held_out, (4, 16, 40), (2, 1))
+    squares = [
+        item.crop(*(int(rng.integers(length - 2 * PATCH + 1)) for length in item.shape), 2 * PATCH, 2 * PATCH)
+        for item in images
+    ]
+    fields = [item for item in squares[52:] if len(np.unique(item.read_labels())) > 3][:48]
+    return Task(["DNA"], fields, {"test": squares[:24], "validation": squares[24:36]}, (4, 16, 40), (2, 1))
 
 
 def pancreas_ducts(data: Path) -> Task:

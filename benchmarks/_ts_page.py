@@ -63,7 +63,20 @@ def _table(table: pd.DataFrame) -> list[str]:
     return lines
 
 
-def write(runs: pd.DataFrame, docs: Path, *, settings: dict[str, Any]) -> None:
+def _ablation(table: pd.DataFrame) -> list[str]:
+    lines = [
+        "## Ablations of TS-KD", "", "BBBC038, 4 labelled images, one seed. Rank 0 is no LoRA: only a decoder is trained.", "",
+        "| rank of LoRA | unlabelled images | synthetic images | Dice | Hausdorff 95 | nothing found |", "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for _, row in table.iterrows():
+        lines.append(
+            f"| {row['rank']:.0f} | {row['unlabelled']:.0f} | {row['synthetic']:.0f} | {row['dice']:.3f} | {row['hausdorff95']:.1f} | "
+            f"{row['missed']:.0%} |"
+        )
+    return [*lines, ""]
+
+
+def write(runs: pd.DataFrame, docs: Path, *, settings: dict[str, Any], ablation: pd.DataFrame | None) -> None:
     """Write page, figures and pictures from whatever runs there are."""
     table = summary(runs)
     folder = docs / "seg_ts_kd"
@@ -81,5 +94,7 @@ def write(runs: pd.DataFrame, docs: Path, *, settings: dict[str, Any]) -> None:
         picture = folder / f"{task}.png"
         hn.pl.label_efficiency(runs[runs["task"] == task], save=picture)
         lines += [f"## {NAMES[task]}", "", *_table(rows), "", f"![{task}](seg_ts_kd/{picture.name})", ""]
+    if ablation is not None:
+        lines += _ablation(ablation)
     (docs / "seg_ts_kd.md").write_text("\n".join(lines), encoding="utf-8")
     (docs / "seg_ts_kd.json").write_text(json.dumps(flat(table), indent=1) + "\n", encoding="utf-8")

@@ -1,6 +1,7 @@
 """A small student with few labels: task-specific distillation beside training from scratch, MAE, MoCo v3 and task-agnostic KD.
 
     python benchmarks/seg_ts_kd.py DATA --out RUNS [--only chase_db1] [--seeds 0 1 2] [--jobs 2]
+    python benchmarks/seg_ts_kd.py DATA --out RUNS --ablations
 
 DATA holds ``chase_db1``, ``bbbc038`` and ``xenium_pancreas`` (drawn as VIRTUAL H&E). Everything is kept under RUNS, so that a
 benchmark that was stopped goes on. Writes ``docs/benchmarks/seg_ts_kd.{md,json}`` and its pictures from whatever runs are
@@ -15,20 +16,24 @@ import os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from _ts_data import PATCH, TASKS
 from _ts_page import write
 
 from histoniche import seg, settings
+from histoniche.seg._compare import drawn, measure_mask
+
+if TYPE_CHECKING:
+    from _ts_data import Task
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 ARMS = ("scratch", "mae", "mocov3", "task_agnostic_kd", "ts_kd")
 SMALL: dict[str, Any] = {
-    "tuning": {"n_steps": 200, "batch_size": 4},
-    "adaptation": {"n_steps": 30, "batch_size": 2, "rank": 4},
-    "pretraining": {"n_steps": 300, "batch_size": 8, "lr": 1e-3},
+    "tuning": {"n_steps": 150, "batch_size": 4},
+    "adaptation": {"n_steps": 15, "batch_size": 2, "rank": 4, "lr": 3e-4},
+    "pretraining": {"n_steps": 250, "batch_size": 8, "lr": 1e-3},
     "finetuning": {"n_steps": 200, "batch_size": 8, "lr": 1e-3},
 }
 """For two cores."""
@@ -39,6 +44,49 @@ LARGE: dict[str, Any] = {
     "finetuning": {"n_steps": 4000, "batch_size": 32, "lr": 1e-3},
 }
 """For a GPU."""
+ABLATED = "bbbc038"
+"""Task of the ablations, with its fewest labels and the first seed."""
+RANKS = (0, 4, 16)
+"""Ranks of LoRA; 0 leaves it out, so that only a decoder is trained."""
+UNLABELLED = (0, 20, 44)
+"""Unlabelled fields in the transfer set, beside the labelled ones."""
+SYNTHETIC = (0, 250, 1000)
+"""Synthetic images in the transfer set, all unlabelled fields beside them; only with ``--large``."""
+
+
+def options_of(task: Task, *, large: bool) -> dict[str, Any]:
+    """Settings of the stages for a task."""
+    options = LARGE if large else SMALL
+    for stage, n_views in zip(("tuning", "pretraining"), task.views, strict=True):
+        options = {**options, stage: {**options[stage], "n_views": n_views}}
+    return options
+
+
+def ablate(data: Path, out: Path, *, part: str, large: bool) -> None:
+    """Vary one thing at a time: rank, unlabelled fields, synthetic images. Each measured is a line of a table."""
+    settings.progress = False
+    task = TASKS[ABLATED](data)
+    options = options_of(task, large=large)
+    teacher = seg.teachers.SAM(task.channels, model="vit_b") if large else seg.teachers.LiteMedSAM(task.channels)
+    labelled = drawn(task.fields, task.n_labelled[0], 0)
+    rest = [item for item in task.fields if item.name not in {other.name for other in labelled}]
+    rank = options["adaptation"]["rank"]
+    wanted = [(value, len(rest), 0) for value in RANKS]
+    wanted += [(rank, value, 0) for value in UNLABELLED if value < len(rest)]
+    wanted += [(rank, len(rest), value) for value in (SYNTHETIC if large else ()) if value]
+    rows = []
+    for rank, n_unlabelled, n_synthetic in wanted:
+        adaptation = {**options["adaptation"], "rank": rank} if rank else {"n_steps": 0}
+        student = seg.task_specific_distill(
+            labelled, teacher=teacher, unlabelled=rest[:n_unlabelled], held_out=task.held_out[part],
+            folder=out / "ablation" / f"rank{rank}-{n_unlabelled}-{n_synthetic}", channel=task.channels, pretrained=False,
+            n_synthetic=n_synthetic, patch_px=PATCH, tuning=options["tuning"], adaptation=adaptation,
+            distillation=options["pretraining"], finetuning=options["finetuning"],
+        )  # fmt: skip
+        row = {"rank": rank, "unlabelled": n_unlabelled, "synthetic": n_synthetic}
+        rows.append({**row, **measure_mask(student, task.held_out[part])})
+        print(rows[-1], flush=True)
+        pd.DataFrame(rows).to_csv(out / f"ablation.{part}.csv", index=False)
 
 
 def one_task(name: str, data: Path, out: Path, seeds: list[int], *, part: str, large: bool) -> str:
@@ -55,9 +103,7 @@ def one_task(name: str, data: Path, out: Path, seeds: list[int], *, part: str, l
         )  # fmt: skip
     else:
         teacher = seg.teachers.LiteMedSAM(task.channels)
-    options = LARGE if large else SMALL
-    for stage, n_views in zip(("tuning", "pretraining"), task.views, strict=True):
-        options = {**options, stage: {**options[stage], "n_views": n_views}}
+    options = options_of(task, large=large)
     for seed in seeds:
         frame = seg.compare(
             task.fields, test=task.held_out[part], teacher=teacher, folder=out / name / part, synthetic=synthetic, arms=ARMS,
@@ -76,22 +122,29 @@ def main() -> None:
     parser.add_argument("--only", choices=list(TASKS), help="one task")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="tasks at a time, each in one thread")
+    parser.add_argument("--ablations", action="store_true", help="the ablations, instead of the comparison")
     parser.add_argument("--validation", action="store_true")
     parser.add_argument("--large", action="store_true")
     args = parser.parse_args()
     part = "validation" if args.validation else "test"
     args.out.mkdir(parents=True, exist_ok=True)
-    names = [args.only] if args.only else list(TASKS)
+    if args.ablations:
+        ablate(args.data, args.out, part=part, large=args.large)
+    names = [] if args.ablations else [args.only] if args.only else list(TASKS)
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         jobs = [
             pool.submit(one_task, name, args.data, args.out, args.seeds, part=part, large=args.large) for name in names
         ]
         for job in jobs:
             job.result()
-    if not args.validation:
-        files = sorted(args.out.glob("*.test.*.csv"))
+    files = sorted(args.out.glob("*.test.*.csv"))
+    if files and not args.validation:
         runs = pd.concat([pd.read_csv(path).assign(task=path.name.split(".")[0]) for path in files], ignore_index=True)
-        write(runs, DOCS, settings=LARGE if args.large else SMALL)
+        ablation = args.out / "ablation.test.csv"
+        write(
+            runs, DOCS, settings=LARGE if args.large else SMALL,
+            ablation=pd.read_csv(ablation) if ablation.exists() else None,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

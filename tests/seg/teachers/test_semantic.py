@@ -78,9 +78,19 @@ def test_fields_of_another_shape_are_scaled_and_their_padding_cut_off() -> None:
     rgb = F.pad(F.interpolate(rgb, size=(43, 64), mode="bilinear") * 2, (0, 0, 0, 21))
     with torch.no_grad():
         # The decoder's map has half the size of the input: 43 rows of it are 22 of the map.
-        logits: Tensor = decoder(base.module(rgb))[..., :22, :32]
+        logits: Tensor = decoder(base.module(rgb), rgb)[..., :22, :32]
     wanted = F.interpolate(logits, size=(32, 48), mode="bilinear", align_corners=False).sigmoid()[0].numpy()
     np.testing.assert_allclose(output.maps, wanted, atol=1e-6)
+
+
+def test_the_decoder_sees_what_the_embedding_has_lost() -> None:
+    base = Tiny()
+    with torch.no_grad():
+        base.module.weight.zero_()  # every place has the same embedding
+    teacher = tune([blobs(s) for s in range(4)], teacher=base, n_steps=80, patch_px=64, lr=1e-2)
+    item = blobs(9)
+    found, truth = teacher(item).maps[0] > 0.5, item.read_labels() > 0
+    assert 2 * (found & truth).sum() / (found.sum() + truth.sum()) > 0.85
 
 
 def test_litemedsam_gets_a_decoder() -> None:

@@ -259,7 +259,7 @@ def test_its_own_decoder_without_a_prompt(teacher: SAM, net: SamModel, item: Fie
     embedding = torch.cat([teacher.embed(item.read(["dapi"]))[0], torch.ones(1, 16, 4, 4)])
     decoder = teacher.unprompted_decoder()
     with torch.no_grad():
-        logits = decoder(embedding)
+        logits = decoder(embedding, torch.zeros(len(embedding), 3, 64, 64))
         wanted = net(image_embeddings=embedding, multimask_output=True).pred_masks[:, 0, :2]
     assert logits.shape == (2, 2, 16, 16)
     torch.testing.assert_close(logits, wanted, atol=1e-5, rtol=1e-5)

@@ -26,7 +26,8 @@ class _Unprompted(nn.Module):
         super().__init__()
         self.prompt_encoder, self.mask_decoder = copy.deepcopy(net.prompt_encoder), copy.deepcopy(net.mask_decoder)
 
-    def forward(self, embedding: Tensor) -> Tensor:
+    def forward(self, embedding: Tensor, rgb: Tensor) -> Tensor:
+        del rgb
         sparse, dense = self.prompt_encoder(points=None, boxes=None, masks=None)
         position = self.prompt_encoder.get_dense_pe()
         found = [  # it takes one image at a time

@@ -156,7 +156,7 @@ class _Adapted(nn.Module):
         return self
 
     def forward(self, rgb: Tensor) -> Tensor:
-        return self.decoder(self._encode(rgb))
+        return self.decoder(self._encode(rgb), rgb)
 
 
 def _batches(stacks: list[np.ndarray], base: PromptedTeacher, batch_size: int, patch_px: int, seed: int) -> Any:

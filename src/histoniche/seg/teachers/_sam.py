@@ -135,7 +135,10 @@ class PromptedTeacher(ABC):
         return []
 
     def unprompted_decoder(self) -> nn.Module:
-        """Copy of the network's own decoder that asks without a prompt: (B, d, h, w) to logits (B, 2, h', w')."""
+        """Copy of the network's own decoder that asks without a prompt: logits (B, 2, h', w').
+
+        It takes embeddings (B, d, h, w), and images, which it does not need, as every decoder without prompts does.
+        """
         msg = f'The teacher {self.name!r} has no decoder that works without a prompt: choose decoder="dense".'
         raise ValueError(msg)
 

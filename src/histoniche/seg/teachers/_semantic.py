@@ -30,25 +30,63 @@ if TYPE_CHECKING:
 
     from ._sam import PromptedTeacher
 
-_WIDTH = 96
+_WIDTH = 64
+_IMAGE_WIDTHS = (16, 32, 64)
+_Batch = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-class DenseDecoder(nn.Sequential):
-    """Reads foreground and boundary off an image embedding (B, d, h, w), at twice its size.
+class DenseDecoder(nn.Module):
+    """Reads foreground and boundary off an image embedding and the image itself, at twice the embedding's size.
+
+    An embedding has one place for several pixels, and an encoder trained on other images may have dropped what separates
+    cells that touch. So a small U-Net sees the image, and is given the embedding where it has its size and half of it.
 
     Parameters
     ----------
     n_features
-        d.
+        Features of the embedding.
     """
 
     def __init__(self, n_features: int) -> None:
-        super().__init__(
-            nn.BatchNorm2d(n_features), nn.Conv2d(n_features, _WIDTH, 1), nn.BatchNorm2d(_WIDTH), nn.GELU(),
-            nn.Conv2d(_WIDTH, _WIDTH, 3, padding=1), nn.BatchNorm2d(_WIDTH), nn.GELU(),
-            nn.ConvTranspose2d(_WIDTH, _WIDTH // 2, 2, stride=2), nn.BatchNorm2d(_WIDTH // 2), nn.GELU(),
-            nn.Conv2d(_WIDTH // 2, len(OUTPUTS), 3, padding=1),
-        )  # fmt: skip
+        super().__init__()
+        fine, middle, coarse = _IMAGE_WIDTHS
+        self.embedding = nn.Sequential(nn.BatchNorm2d(n_features), *_convolution(n_features, _WIDTH, 1))
+        self.down = nn.ModuleList([
+            nn.Sequential(nn.BatchNorm2d(3), *_convolution(3, fine), *_convolution(fine, fine)),
+            nn.Sequential(*_convolution(fine, middle), *_convolution(middle, middle)),
+            nn.Sequential(*_convolution(middle, coarse), *_convolution(coarse, coarse)),
+        ])  # fmt: skip
+        self.up = nn.ModuleList([
+            nn.Sequential(*_convolution(coarse + _WIDTH, _WIDTH)),
+            nn.Sequential(*_convolution(_WIDTH + middle + _WIDTH, _WIDTH), *_convolution(_WIDTH, middle)),
+            nn.Sequential(*_convolution(middle + fine, middle), nn.Conv2d(middle, len(OUTPUTS), 3, padding=1)),
+        ])  # fmt: skip
+
+    def forward(self, embedding: Tensor, rgb: Tensor) -> Tensor:
+        """Logits (B, 2, 2h, 2w) of embeddings (B, d, h, w) of images (B, 3, y, x), as the encoder sees them."""
+        fine = self.down[0](beside(rgb, embedding))
+        middle = self.down[1](F.max_pool2d(fine, 2))
+        coarse = self.down[2](F.max_pool2d(middle, 2, ceil_mode=True))
+        seen = self.embedding(embedding)
+        found = self.up[0](torch.cat([coarse, F.avg_pool2d(seen, 2, ceil_mode=True)], dim=1))
+        found = self.up[1](torch.cat([_sized(found, middle), middle, seen], dim=1))
+        return self.up[2](torch.cat([_sized(found, fine), fine], dim=1))
+
+
+def _convolution(n_in: int, n_out: int, width: int = 3) -> list[nn.Module]:
+    return [nn.Conv2d(n_in, n_out, width, padding=width // 2), nn.BatchNorm2d(n_out), nn.GELU()]
+
+
+def _sized(maps: Tensor, like: Tensor) -> Tensor:
+    return F.interpolate(maps, size=like.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def beside(rgb: Tensor, embedding: Tensor) -> Tensor:
+    """Image (B, 3, y, x) at twice the size of its embedding (B, d, h, w)."""
+    size = [2 * length for length in embedding.shape[-2:]]
+    return (
+        F.interpolate(rgb.float(), size=size, mode="bilinear", antialias=True) if list(rgb.shape[-2:]) != size else rgb
+    )
 
 
 DECODERS = ("dense", "mask")
@@ -90,8 +128,9 @@ class SemanticTeacher:
         """Segment a field; ``features`` adds what :meth:`hidden` gives."""
         pixels = item.read(self.base.named)
         embedding, inner, hidden = self.base.embed_hidden(pixels) if features else (*self.base.embed(pixels), {})
+        rgb, _ = self.base.prepare(pixels)
         with self._fabric.autocast():
-            logits = self.base.unpadded(self.decoder(embedding), inner)
+            logits = self.base.unpadded(self.decoder(embedding, rgb), inner)
         maps = F.interpolate(logits.float(), size=item.shape, mode="bilinear", align_corners=False).sigmoid()[0]
         return check_output(Output(maps.cpu().numpy(), hidden), item, self.name)
 
@@ -201,7 +240,7 @@ def make_decoder(
     if kind == "mask":
         decoder = teacher.unprompted_decoder()
     else:
-        decoder = DenseDecoder(len(weights["0.weight"]) if weights is not None else n_features)
+        decoder = DenseDecoder(len(weights["embedding.0.weight"]) if weights is not None else n_features)
     if weights is not None:
         decoder.load_state_dict(weights)
     return decoder.requires_grad_(requires_grad=True)
@@ -257,18 +296,17 @@ def tune(
             f"patch_px={patch_px}: all must be at least 1."
         )
         raise ValueError(msg)
-    embeddings, maps = _views(fields, teacher, n_views, patch_px, seed)
+    embeddings, images, maps = _views(fields, teacher, n_views, patch_px, seed)
     rows = np.tile(np.arange(len(maps)), int(np.ceil(batch_size / len(maps))))
     pick = epoch_batches(rows, batch_size, seed)
 
-    def make(step: int) -> tuple[np.ndarray, np.ndarray]:
-        return embeddings[pick(step)].astype(np.float32), maps[pick(step)]
+    def make(step: int) -> _Batch:
+        chosen = pick(step)
+        return embeddings[chosen].astype(np.float32), images[chosen].astype(np.float32), maps[chosen]
 
-    def loss(
-        net: nn.Module, batch: tuple[np.ndarray, np.ndarray], device: torch.device
-    ) -> tuple[Tensor, dict[str, float | Tensor]]:
-        embedding, wanted = (to_device(array, device) for array in batch)
-        logits = net(embedding)
+    def loss(net: nn.Module, batch: _Batch, device: torch.device) -> tuple[Tensor, dict[str, float | Tensor]]:
+        embedding, rgb, wanted = (to_device(array, device) for array in batch)
+        logits = net(embedding, rgb)
         logits = F.interpolate(logits.float(), size=wanted.shape[-2:], mode="bilinear", align_corners=False)
         return cross_entropy_and_dice(logits, wanted).mean(), {}
 
@@ -280,16 +318,16 @@ def tune(
     return SemanticTeacher(teacher, decoder)
 
 
-def _views(
-    fields: Sequence[Field], teacher: PromptedTeacher, n_views: int, patch_px: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings (n, d, h, w) float16 and maps (n, 2, y, x) float32 of augmented patches."""
+def _views(fields: Sequence[Field], teacher: PromptedTeacher, n_views: int, patch_px: int, seed: int) -> _Batch:
+    """Embeddings (n, d, h, w) and images beside them (n, 3, 2h, 2w) float16, maps (n, 2, y, x) float32 of augmented patches."""
     n = len(teacher.named)
-    embeddings, maps = [], []
+    embeddings, images, maps = [], [], []
     for row, item in enumerate(tqdm(fields, desc=f"embed for {teacher.name}", disable=not settings.progress)):
         stack = np.concatenate([item.read(teacher.named), maps_of_labels(item.read_labels())])
         for view in range(n_views):
             patch = training_patch(stack, n, patch_px, np.random.default_rng([seed, 4, row, view])).numpy()
-            embeddings.append(teacher.embed(patch[:n])[0][0].half().cpu().numpy())
+            embedding, _ = teacher.embed(patch[:n])
+            embeddings.append(embedding[0].half().cpu().numpy())
+            images.append(beside(teacher.prepare(patch[:n])[0], embedding)[0].half().cpu().numpy())
             maps.append(patch[n:])
-    return np.stack(embeddings), np.stack(maps)
+    return np.stack(embeddings), np.stack(images), np.stack(maps)

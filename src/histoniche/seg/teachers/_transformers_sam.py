@@ -116,7 +116,8 @@ class _Unprompted(nn.Module):
         self.prompt_encoder, self.mask_decoder = copy.deepcopy(net.prompt_encoder), copy.deepcopy(net.mask_decoder)
         self.register_buffer("position", net.get_image_wide_positional_embeddings().detach().clone())
 
-    def forward(self, embedding: Tensor) -> Tensor:
+    def forward(self, embedding: Tensor, rgb: Tensor) -> Tensor:
+        del rgb
         sparse, dense = self.prompt_encoder(input_points=None, input_labels=None, input_boxes=None, input_masks=None)
         masks = self.mask_decoder(
             image_embeddings=embedding, image_positional_embeddings=self.position.repeat(len(embedding), 1, 1, 1),
