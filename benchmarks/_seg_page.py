@@ -154,7 +154,7 @@ def _head(out: Path, settings: dict[str, Any]) -> list[str]:
         "  LiteMedSAM as it comes, never trained on these images, on patches enlarged twice, asked by the box of every nucleus: an *oracle*, on",
         "  transfer patches too. Boxes are weak labels, so transfer patches are not unlabelled for the teacher, only for the student.",
         f"- **Xenium pancreas** (whole cells, the vendor's polygons): {counts['pancreas']['transfer']} transfer patches, {counts['pancreas']['test']} test fields (109 um), from separate parts of the section.",
-        "  The teacher sees DAPI, boundary and 18S: LiteMedSAM's frozen image encoder with a decoder trained on 48 labelled patches of a",
+        "  The teacher sees DAPI, boundary and 18S: LiteMedSAM's frozen image encoder with a decoder, which sees the stains too, trained on 128 labelled patches of a",
         "  third part, without prompts. The student sees DAPI. The part the teacher was tuned on holds neither transfer nor test patches.",
         "",
     ]

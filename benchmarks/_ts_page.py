@@ -76,7 +76,24 @@ def _ablation(table: pd.DataFrame) -> list[str]:
     return [*lines, ""]
 
 
-def write(runs: pd.DataFrame, docs: Path, *, settings: dict[str, Any], ablation: pd.DataFrame | None) -> None:
+def _cost(table: pd.DataFrame) -> list[str]:
+    lines = [
+        "## What a step costs", "", f"On {table['device'].iloc[0]}, batches as above, each stage in a process of its own; *teacher* encodes one patch. Memory is the peak of "
+        "the process (on a GPU: of what torch had allocated).", "",
+        "| stage | s a step | memory (GB) |", "|---|---|---|",
+    ]  # fmt: skip
+    lines += [f"| {row['stage']} | {row['s_step']:.2f} | {row['memory_gb']:.1f} |" for _, row in table.iterrows()]
+    return [*lines, ""]
+
+
+def write(
+    runs: pd.DataFrame,
+    docs: Path,
+    *,
+    settings: dict[str, Any],
+    ablation: pd.DataFrame | None,
+    cost: pd.DataFrame | None,
+) -> None:
     """Write page, figures and pictures from whatever runs there are."""
     table = summary(runs)
     folder = docs / "seg_ts_kd"
@@ -96,5 +113,7 @@ def write(runs: pd.DataFrame, docs: Path, *, settings: dict[str, Any], ablation:
         lines += [f"## {NAMES[task]}", "", *_table(rows), "", f"![{task}](seg_ts_kd/{picture.name})", ""]
     if ablation is not None:
         lines += _ablation(ablation)
+    if cost is not None:
+        lines += _cost(cost)
     (docs / "seg_ts_kd.md").write_text("\n".join(lines), encoding="utf-8")
     (docs / "seg_ts_kd.json").write_text(json.dumps(flat(table), indent=1) + "\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
     python benchmarks/seg_ts_kd.py DATA --out RUNS [--only chase_db1] [--seeds 0 1 2] [--jobs 2]
     python benchmarks/seg_ts_kd.py DATA --out RUNS --ablations
+    python benchmarks/seg_ts_kd.py DATA --out RUNS --cost
 
 DATA holds ``chase_db1``, ``bbbc038`` and ``xenium_pancreas`` (drawn as VIRTUAL H&E). Everything is kept under RUNS, so that a
 benchmark that was stopped goes on. Writes ``docs/benchmarks/seg_ts_kd.{md,json}`` and its pictures from whatever runs are
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from _ts_cost import measure as measure_stages
 from _ts_data import PATCH, TASKS
 from _ts_page import write
 
@@ -123,6 +125,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="tasks at a time, each in one thread")
     parser.add_argument("--ablations", action="store_true", help="the ablations, instead of the comparison")
+    parser.add_argument("--cost", action="store_true", help="time and memory of each stage, instead of the comparison")
     parser.add_argument("--validation", action="store_true")
     parser.add_argument("--large", action="store_true")
     args = parser.parse_args()
@@ -130,7 +133,9 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if args.ablations:
         ablate(args.data, args.out, part=part, large=args.large)
-    names = [] if args.ablations else [args.only] if args.only else list(TASKS)
+    if args.cost:
+        measure_stages(args.out, LARGE if args.large else SMALL, large=args.large)
+    names = [] if args.ablations or args.cost else [args.only] if args.only else list(TASKS)
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         jobs = [
             pool.submit(one_task, name, args.data, args.out, args.seeds, part=part, large=args.large) for name in names
@@ -140,11 +145,11 @@ def main() -> None:
     files = sorted(args.out.glob("*.test.*.csv"))
     if files and not args.validation:
         runs = pd.concat([pd.read_csv(path).assign(task=path.name.split(".")[0]) for path in files], ignore_index=True)
-        ablation = args.out / "ablation.test.csv"
-        write(
-            runs, DOCS, settings=LARGE if args.large else SMALL,
-            ablation=pd.read_csv(ablation) if ablation.exists() else None,
-        )  # fmt: skip
+        more = {
+            name: pd.read_csv(args.out / file) if (args.out / file).exists() else None
+            for name, file in (("ablation", "ablation.test.csv"), ("cost", "cost.csv"))
+        }
+        write(runs, DOCS, settings=LARGE if args.large else SMALL, **more)
 
 
 if __name__ == "__main__":
