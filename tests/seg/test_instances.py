@@ -63,7 +63,21 @@ def test_without_their_boundary_they_would_be_one() -> None:
     maps = maps_of_labels(labels)
     assert best_iou(labels, instances(maps)).min() > 0.95
     merged = maps_of_labels((labels > 0).astype(np.int32))
-    assert best_iou(labels, instances(merged, smoothing=3, min_distance=20)).min() < 0.6
+    assert best_iou(labels, instances(merged, min_depth=20)).min() < 0.6
+
+
+def test_a_long_uneven_object_stays_whole_unless_the_dip_is_deep() -> None:
+    """Two discs of radius 8, joined by a broad neck or by a thin one."""
+    for half, n_objects in ((6, {0.25: 2, 1.0: 1}), (3, {1.0: 2, 6.0: 1})):
+        labels = (discs((40, 70), [(20, 18), (20, 52)], 8) > 0).astype(np.int32)
+        labels[20 - half : 21 + half, 18:52] = 1
+        for depth, n in n_objects.items():
+            assert instances(maps_of_labels(labels), min_depth=depth).max() == n
+    wavy = np.zeros((40, 100), dtype=np.int32)
+    for x in range(5, 95):
+        half = 7 + int(np.sin(x / 4) > 0)
+        wavy[20 - half : 21 + half, x] = 1
+    assert instances(maps_of_labels(wavy)).max() == 1
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -46,7 +46,7 @@ def test_metadata_say_what_the_model_needs(tmp_path: Path) -> None:
     assert float(found["um_per_px"]) == 0.25
     assert json.loads(found["stretch"]) == [1.0, 99.8]
     assert json.loads(found["outputs"]) == ["foreground", "boundary"]
-    assert json.loads(found["instances"]) == {"threshold": 0.5, "min_distance": 3, "smoothing": 1.0, "min_area": 20}
+    assert json.loads(found["instances"]) == {"threshold": 0.5, "min_depth": 1.0, "smoothing": 1.0, "min_area": 20}
     assert json.loads(found["teacher"])["licence"] == "Apache-2.0"
     assert found["weights_sha256"] == model.digest
 

@@ -44,7 +44,7 @@ def test_saved_and_loaded_is_bit_identical(student: Segmenter, tmp_path: Path) -
 
 def test_every_setting_survives(tmp_path: Path) -> None:
     model = make(
-        um_per_px=0.2125, threshold=0.4, min_distance=5, smoothing=2.0, min_area=30,
+        um_per_px=0.2125, threshold=0.4, min_depth=2.0, smoothing=2.0, min_area=30,
         teacher={"name": "SAM", "licence": "Apache-2.0"}, training={"steps": 10, "dice": 0.8},
     )  # fmt: skip
     model.save(tmp_path / "model")

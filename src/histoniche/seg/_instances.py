@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 from scipy import ndimage
-from skimage.feature import peak_local_max
+from skimage.morphology import local_maxima, reconstruction
 from skimage.segmentation import watershed
 
 
 def instances(
-    maps: np.ndarray, *, threshold: float = 0.5, min_distance: int = 3, smoothing: float = 1.0, min_area: int = 16
+    maps: np.ndarray, *, threshold: float = 0.5, min_depth: float = 1.0, smoothing: float = 1.0, min_area: int = 16
 ) -> np.ndarray:
     """Separate objects by a watershed on the distance to the predicted boundary.
 
@@ -19,8 +19,9 @@ def instances(
         (2, y, x) float: probability of foreground and of boundary.
     threshold
         Least probability of foreground.
-    min_distance
-        Least distance in px between the seeds of two objects.
+    min_depth
+        Two seeds belong to two objects where the distance to the boundary falls by at least so many px between them. Less
+        cuts long and uneven objects, more merges small ones that touch.
     smoothing
         Standard deviation in px of the Gaussian that smooths distances before seeds are sought.
     min_area
@@ -37,9 +38,9 @@ def instances(
     inside = mask & (boundary < threshold)
     # A boundary that is likely, but not certain, also keeps seeds away.
     height = ndimage.gaussian_filter(ndimage.distance_transform_edt(inside) + foreground - boundary, smoothing)
-    peaks = peak_local_max(height, min_distance=min_distance, labels=inside.astype(np.int32), exclude_border=False)
-    seeds = np.zeros(mask.shape, dtype=np.int32)
-    seeds[tuple(peaks.T)] = np.arange(1, len(peaks) + 1)
+    # skimage's h_maxima would keep both of two equal maxima, however shallow the dip between them.
+    tops = local_maxima(reconstruction(height - min_depth, height))
+    seeds = ndimage.label(tops & inside, np.ones((3, 3)), output=np.int32)[0]
     _seed_the_rest(seeds, mask)
     found = watershed(-height, seeds, mask=mask)
     found[np.bincount(found.ravel())[found] < min_area] = 0

@@ -135,7 +135,7 @@ def _metadata(segmenter: Segmenter) -> dict[str, str]:
         "stretch": json.dumps(c.stretch),
         "outputs": json.dumps(c.outputs),
         "instances": json.dumps({
-            "threshold": c.threshold, "min_distance": c.min_distance, "smoothing": c.smoothing, "min_area": c.min_area,
+            "threshold": c.threshold, "min_depth": c.min_depth, "smoothing": c.smoothing, "min_area": c.min_area,
         }),
         "teacher": json.dumps(c.teacher),
         "weights_sha256": segmenter.digest,

@@ -43,7 +43,7 @@ class SegmenterConfig:
         Widths of the decoder.
     outputs
         Maps that it predicts.
-    threshold, min_distance, smoothing, min_area
+    threshold, min_depth, smoothing, min_area
         How objects are made of the maps, see :func:`histoniche.seg.instances`.
     teacher
         Name and licence of the teacher; empty without one.
@@ -58,7 +58,7 @@ class SegmenterConfig:
     decoder_channels: list[int] = field(default_factory=lambda: list(DECODER_CHANNELS))
     outputs: list[str] = field(default_factory=lambda: list(OUTPUTS))
     threshold: float = 0.5
-    min_distance: int = 3
+    min_depth: float = 1.0
     smoothing: float = 1.0
     min_area: int = 16
     teacher: dict[str, str] = field(default_factory=dict)
@@ -194,9 +194,7 @@ class Segmenter:
     def instances(self, maps: np.ndarray) -> np.ndarray:
         """Objects of maps (2, y, x), with the settings of the configuration: (y, x) int32."""
         c = self.config
-        return instances(
-            maps, threshold=c.threshold, min_distance=c.min_distance, smoothing=c.smoothing, min_area=c.min_area
-        )
+        return instances(maps, threshold=c.threshold, min_depth=c.min_depth, smoothing=c.smoothing, min_area=c.min_area)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write ``config.json``, ``model.safetensors`` and ``README.md`` (the model card) to a directory.
