@@ -167,3 +167,13 @@ def test_bad_input(runs):
         label_efficiency(runs.assign(dice=np.nan))
     with pytest.raises(ValueError, match="n_labelled must be at least 1"):
         label_efficiency(runs.assign(n_labelled=range(len(runs))))
+
+
+@pytest.mark.parametrize("budgets", [(4,), (4, 16)])
+def test_a_difference_that_is_nothing_is_not_blown_up(budgets) -> None:
+    runs = table_of_runs(arms=("scratch", "ts_kd"), budgets=budgets, seeds=(0,))
+    runs["dice"] = 0.85 + 1e-5 * np.arange(len(runs))
+    ax = drawn(label_efficiency(runs))
+    low, high = ax.get_xlim() if len(budgets) == 1 else ax.get_ylim()
+    assert high - low == pytest.approx(0.05 * 0.85, rel=0.01)
+    assert (low + high) / 2 == pytest.approx(0.85, abs=1e-3)

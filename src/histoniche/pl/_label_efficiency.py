@@ -36,6 +36,8 @@ _METRICS = {
     "missed": "share of fields missed (lower is better)",
     "loss": "loss of the last steps",
 }
+_LEAST_SPAN = 0.05
+"""Least length of the axis of figures, as a share of the largest."""
 _KEYS = ["arm", "n_labelled", "seed"]
 _DODGE = 0.05
 """Distance of two ways at the same number of labels, in powers of two."""
@@ -115,6 +117,7 @@ def label_efficiency(
     if len(budgets) > 1:
         _axis_of_budgets(ax, budgets)
         ax.set_ylabel(label)
+        ax.set_ylim(*_wide_enough(*ax.get_ylim()))
         ax.yaxis.set_major_locator(MaxNLocator(5))
         handles = ax.get_legend_handles_labels()[0]
         order = sorted(range(len(ways)), key=lambda place: -ways[place].means.iloc[-1])  # as lines end, from the top
@@ -124,8 +127,15 @@ def label_efficiency(
     else:
         _axis_of_ways(ax, [way.name for way in ways], int(budgets[0]))
         ax.set_xlabel(label)
+        ax.set_xlim(*_wide_enough(*ax.get_xlim()))
         ax.xaxis.set_major_locator(MaxNLocator(5))
     return finish(figure, save)
+
+
+def _wide_enough(low: float, high: float) -> tuple[float, float]:
+    """Limits of an axis on which a difference that is nothing looks like nothing."""
+    missing = _LEAST_SPAN * max(abs(low), abs(high)) - (high - low)
+    return (low - missing / 2, high + missing / 2) if missing > 0 else (low, high)
 
 
 # --------------------------------------------------------------------------------------------------------------- input
