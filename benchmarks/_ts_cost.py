@@ -10,6 +10,7 @@ from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import torch
 from _ts_data import PATCH
 
@@ -84,8 +85,6 @@ def stage_cost(stage: str, settings_of: dict[str, Any], *, large: bool) -> dict[
 
 def measure(out: Path, settings_of: dict[str, Any], *, large: bool) -> None:
     """Measure all stages and write ``cost.csv``."""
-    import pandas as pd
-
     rows = []
     for stage in STAGES:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:

@@ -78,6 +78,8 @@ def test_a_long_uneven_object_stays_whole_unless_the_dip_is_deep() -> None:
         half = 7 + int(np.sin(x / 4) > 0)
         wavy[20 - half : 21 + half, x] = 1
     assert instances(maps_of_labels(wavy)).max() == 1
+    with pytest.raises(ValueError, match="min_depth=-1"):
+        instances(maps_of_labels(wavy), min_depth=-1)
 
 
 @pytest.mark.parametrize("seed", range(4))

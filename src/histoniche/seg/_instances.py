@@ -30,7 +30,15 @@ def instances(
     Returns
     -------
     (y, x) int32: 0 is background, objects are numbered from 1 without gaps.
+
+    Raises
+    ------
+    ValueError
+        ``min_depth`` is negative.
     """
+    if min_depth < 0:
+        msg = f"min_depth={min_depth} px must be at least 0."
+        raise ValueError(msg)
     foreground, boundary = maps
     mask = foreground > threshold
     if not mask.any():
