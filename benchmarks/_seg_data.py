@@ -22,7 +22,7 @@ PATCH = 128
 """Width in px of a patch that is labelled, or that the teacher segments."""
 TEST = 256
 """Width in px of a field that is measured on."""
-N_TRANSFER, N_TUNE, TUNING_STEPS = 96, 128, 400
+N_TRANSFER, N_TUNE, TUNING_STEPS = {"bbbc038": 96, "pancreas": 192}, 128, 400
 STAINS = ("DAPI", "boundary", "18S")
 BANDS = {"tune": (0.0, 0.28), "transfer": (0.30, 0.60), "validation": (0.62, 0.70), "test": (0.72, 1.0)}
 """Parts of the height of the pancreas: labels that the teacher was tuned on, patches that it teaches on, held-out parts.
@@ -73,7 +73,7 @@ def bbbc038(data: Path, folder: Path) -> Split:
     for item in images[52:]:
         y, x = (int(rng.integers(length - PATCH + 1)) for length in item.shape)
         patch = item.crop(y, x, PATCH, PATCH)
-        if len(np.unique(patch.read_labels())) > 3 and len(transfer) < N_TRANSFER:
+        if len(np.unique(patch.read_labels())) > 3 and len(transfer) < N_TRANSFER["bbbc038"]:
             transfer.append(patch)
     teacher = LiteMedSAM(["DNA"], prompts=Prompts("boxes"))
     return Split("DNA", transfer, held_out, teacher, {})
@@ -111,7 +111,7 @@ def pancreas(data: Path, folder: Path) -> Split:
     held_out = {"test": take("test", 24, TEST, 4), "validation": take("validation", 10, TEST, 3)}
     return Split(
         "DAPI",
-        take("transfer", N_TRANSFER, PATCH, 2),
+        take("transfer", N_TRANSFER["pancreas"], PATCH, 2),
         held_out,
         teacher,
         {"boxes, not tuned": untuned},

@@ -1,44 +1,49 @@
 """Single-channel students of a teacher that sees more: with and without distillation, on held-out images and tissue.
 
-    python benchmarks/seg_cross_modal.py DATA --out RUNS [--jobs 2]
+    python benchmarks/seg_cross_modal.py DATA --out RUNS [--jobs 2] [--resume]
 
 DATA holds ``bbbc038`` and ``xenium_pancreas``. Every run is a file under RUNS, and so are the teacher's maps, so a benchmark that
-was stopped goes on. Writes ``docs/benchmarks/seg_cross_modal.{md,json}`` and its pictures. ``--validation`` measures on
-validation images instead, to choose settings on, and writes no page.
+was stopped goes on. Writes ``docs/benchmarks/seg_cross_modal.{md,json}``, its pictures and the figures of every run,
+``seg_cross_modal/runs.csv``; with ``--resume`` runs that are in there, made with the same settings, are not repeated.
+``--validation`` measures on validation images instead, to choose settings on, and writes no page.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from _seg_data import PATCH, SPLITS, TEST, load_split, save_split, teacher_maps
-from _seg_page import write
+from _seg_data import N_TRANSFER, N_TUNE, PATCH, SPLITS, TEST, TUNING_STEPS, load_split, save_split, teacher_maps
+from _seg_page import RUN, read_runs, write
 
 from histoniche import seg, settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import pandas as pd
     from _seg_data import Split
 
     from histoniche.seg import Field, Segmenter
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 SEEDS = (0, 1, 2)
-STUDENTS = ("mobilenetv3-small", "efficientnet-b0", "resnet18", "swin-tiny")
+STUDENTS = ("mobilenetv3-small", "efficientnet-b0", "resnet18", "swin-tiny", "efficientnet-lite0")
+PRETRAINED = ("efficientnet-lite0",)
+"""Students that start from ImageNet weights: those that can be had without a download."""
 CONTROL = "mobilenetv3-small"
 N_LABELLED, N_STEPS = 4, 600
-SETTINGS = {"pretrained": False, "batch_size": 4, "patch_px": PATCH}
-RATES = {"swin-tiny": 5e-4}
+SETTINGS = {"batch_size": 4, "patch_px": PATCH}
+RATES = {"swin-tiny": 5e-4, "efficientnet-lite0": 2e-3}
 RATE = 4e-3
 """Learning rates, of all arms alike; chosen on validation images among 0.002, 0.004 and 0.006."""
 KD: dict[str, dict[str, Any]] = {
@@ -103,7 +108,7 @@ class Truth:
 def train_student(split: Split, run: Run) -> Segmenter:
     """Train as the arm says; every arm has the same steps, batch and augmentation."""
     options = {**SETTINGS, "channel": split.channel, "student": run.student, "n_steps": run.n_steps, "seed": run.seed}
-    options["lr"] = RATES.get(run.student, RATE)
+    options |= {"lr": RATES.get(run.student, RATE), "pretrained": run.student in PRETRAINED}
     labelled = split.labelled(run.n_labelled, run.seed)
     if run.arm == "no_kd":
         return seg.finetune(labelled, **options)
@@ -118,6 +123,12 @@ def measured(found: list[np.ndarray], fields: list[Field]) -> dict[str, float]:
         [(labels, item.read_labels()) for labels, item in zip(found, fields, strict=True)], um_per_px=um
     )
     return {name: float(frame[name].mean()) for name in ("dice", "hausdorff95", "boundary_f", "ap50", "ap75", "pq")}
+
+
+def made_with() -> str:
+    """Digest of what all runs share, so that figures made otherwise are not taken for theirs."""
+    shared = [SETTINGS, RATES, RATE, KD, PRETRAINED, N_TRANSFER, N_TUNE, TUNING_STEPS, TEST]
+    return hashlib.sha256(json.dumps(shared).encode()).hexdigest()[:8]
 
 
 # ------------------------------------------------------------------------------------------------------------- stages
@@ -152,7 +163,7 @@ def one_run(run: Run, out: Path, part: str) -> str:
     if run.seed == 0 and run.n_labelled == N_LABELLED and run.n_steps == N_STEPS:
         np.savez_compressed(path.with_suffix(".npz"), *found[:4])
     beside = path.with_suffix(".part")
-    beside.write_text(json.dumps({**asdict(run), **measured(found, fields)}, indent=1))
+    beside.write_text(json.dumps({**asdict(run), "made_with": made_with(), **measured(found, fields)}, indent=1))
     beside.replace(path)
     return run.file
 
@@ -214,13 +225,16 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes, each with one thread")
     parser.add_argument("--only", choices=list(SPLITS), help="one data set")
     parser.add_argument("--validation", action="store_true")
+    parser.add_argument("--resume", action="store_true", help="do not repeat the runs of docs/benchmarks")
     args = parser.parse_args()
     part = "validation" if args.validation else "test"
     (args.out / part).mkdir(parents=True, exist_ok=True)
     names = [args.only] if args.only else list(SPLITS)
     for name in names:
         prepare(name, args.data, args.out)
-    wanted = [run for run in runs(SEEDS) if run.data in names]
+    kept = read_runs(DOCS, made_with()) if args.resume and not args.validation else None
+    done_before = set() if kept is None else set(kept[RUN].itertuples(index=False, name=None))
+    wanted = [run for run in runs(SEEDS) if run.data in names and astuple(run) not in done_before]
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         done = [pool.submit(one_run, run, args.out, part) for run in wanted]
         for number, future in enumerate(done, 1):
@@ -228,13 +242,13 @@ def main() -> None:
     if not args.validation:
         if not (args.out / "cost.json").exists():
             measure_cost(args.out)
-        page(args.out)
+        page(args.out, kept)
 
 
-def page(out: Path) -> None:
-    """Write what the runs show."""
+def page(out: Path, kept: pd.DataFrame | None = None) -> None:
+    """Write what the runs show, together with those that were kept."""
     write(
-        out, DOCS,
+        out, DOCS, kept,
         settings={
             "n_labelled": N_LABELLED, "n_steps": N_STEPS, "control": CONTROL, "students": STUDENTS, "arms": list(KD),
             "names": {arm: arm.replace("kd", "distilled", 1) for arm in KD}, "batch_size": SETTINGS["batch_size"],

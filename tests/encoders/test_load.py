@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from histoniche import encoders
 from histoniche.encoders import EncoderAccessError, _load, load_encoder
+from histoniche.encoders._lite0 import efficientnet_lite0_weights
 
 TINY = "timm/test_vit"
 
@@ -49,7 +50,7 @@ def test_efficientnet_lite0_loads_strictly_and_always_the_same() -> None:
     assert pooled.shape == (2, 1280)
     # Every tensor of the file has its place: none is left at its random start.
     random = load_encoder("efficientnet-lite0", pretrained=False).module.state_dict()
-    raw = _load._efficientnet_lite0()
+    raw = efficientnet_lite0_weights()
     for name, value in one.module.state_dict().items():
         assert torch.equal(value, raw[name]), name
         assert value.numel() == 1 or not torch.equal(value, random[name]), name

@@ -12,6 +12,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from histoniche.encoders._lite0 import efficientnet_lite0_weights
 from histoniche.seg import StudentAccessError, list_students
 from histoniche.seg._students import STUDENTS, build_student, count_parameters
 
@@ -21,6 +22,7 @@ WHOLE = {
     "efficientnet-b0": (4.3, 4.6),
     "mobilenetv3-small": (1.9, 2.1),
     "vit-tiny": (6.4, 6.6),
+    "efficientnet-lite0": (3.7, 3.9),
 }
 
 
@@ -40,7 +42,7 @@ def test_the_papers_students_see_one_channel(name: str) -> None:
 def test_list_of_students_beside_the_paper() -> None:
     table = list_students()
     assert list(table.index) == list(STUDENTS)
-    assert table["paper"].tolist() == [27.0, 11.0, 5.3, 1.5, 5.7]
+    assert table["paper"].tolist() == [27.0, 11.0, 5.3, 1.5, 5.7, 4.7]
     for name, row in table.iterrows():
         low, high = WHOLE[str(name)]
         assert low < row["whole"] < high
@@ -83,6 +85,16 @@ def test_weights_of_a_local_file(tmp_path: Path) -> None:
             assert torch.equal(tensor, state[key]), name
         shared += 1
     assert shared > 100
+
+
+def test_imagenet_weights_without_a_download() -> None:
+    student = build_student("efficientnet-lite0")
+    weights = efficientnet_lite0_weights()
+    for name, tensor in student.encoder.state_dict().items():
+        expected = weights[name.removeprefix("model.")]
+        if name == "model.conv_stem.weight":  # one channel: the sum over the colours
+            expected = expected.sum(1, keepdim=True)
+        torch.testing.assert_close(tensor, expected, rtol=0, atol=1e-6)
 
 
 def test_weights_that_are_no_file(tmp_path: Path) -> None:

