@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from _runs import keep_runs
 from _seg_data import load_split
 
 import histoniche as hn
@@ -18,24 +19,14 @@ if TYPE_CHECKING:
 METRICS = ("dice", "boundary_f", "ap50", "hausdorff95")
 RUN = ["data", "arm", "student", "n_labelled", "n_steps", "seed"]
 """What tells runs apart."""
-_RUNS = "seg_cross_modal/runs.csv"
+RUNS = "seg_cross_modal/runs.csv"
 _NAMES = {"bbbc038": "BBBC038", "pancreas": "Xenium pancreas"}
 _UNITS = {"bbbc038": "px", "pancreas": "um"}
 
 
-def read_runs(docs: Path, made_with: str) -> pd.DataFrame | None:
-    """Figures of the runs that were made with these settings and are kept in the docs; None where there are none."""
-    if not (docs / _RUNS).exists():
-        return None
-    runs = pd.read_csv(docs / _RUNS)
-    runs = runs[runs["made_with"] == made_with]
-    return runs if len(runs) else None
-
-
-def load_runs(out: Path, part: str, kept: pd.DataFrame | None = None) -> pd.DataFrame:
-    """One row a run: those of a folder, and those kept that it does not hold."""
-    runs = pd.DataFrame([json.loads(path.read_text()) for path in sorted((out / part).glob("*.json"))])
-    return pd.concat([runs, kept]).drop_duplicates(RUN).sort_values(RUN).reset_index(drop=True)
+def load_runs(out: Path, part: str) -> pd.DataFrame:
+    """One row a run."""
+    return pd.DataFrame([json.loads(path.read_text()) for path in sorted((out / part).glob("*.json"))])
 
 
 def summary(runs: pd.DataFrame, teachers: dict[str, dict[str, dict[str, float]]]) -> pd.DataFrame:
@@ -128,10 +119,7 @@ def draw(out: Path, folder: Path, *, student: str, n_labelled: int, n_steps: int
 def write(out: Path, docs: Path, kept: pd.DataFrame | None, *, settings: dict[str, Any]) -> None:
     """Write page, figures and pictures of the runs that are there."""
     teachers = {data: json.loads((out / data / "teacher.json").read_text()) for data in _NAMES}
-    runs = load_runs(out, "test", kept)
-    (docs / "seg_cross_modal").mkdir(exist_ok=True)
-    runs.round(4).to_csv(docs / _RUNS, index=False)
-    table = summary(runs, teachers)
+    table = summary(keep_runs(pd.concat([load_runs(out, "test"), kept]), docs / RUNS, RUN), teachers)
     n_labelled, n_steps, control = settings["n_labelled"], settings["n_steps"], settings["control"]
     figures = flat(table, teachers, n_labelled=n_labelled, n_steps=n_steps)
     cost = json.loads((out / "cost.json").read_text()) if (out / "cost.json").exists() else {}

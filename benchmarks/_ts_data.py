@@ -41,15 +41,15 @@ class Task:
         ``"validation"``, to choose settings on, and ``"test"``.
     n_labelled
         Numbers of labelled fields.
-    views
-        Patches of each field that the teacher's decoder is tuned on, and that a teacher shows to students.
+    n_views
+        Patches of each field that a teacher shows to students.
     """
 
     channels: list[str]
     fields: list[Field]
     held_out: dict[str, list[Field]]
     n_labelled: tuple[int, ...]
-    views: tuple[int, int]
+    n_views: int
 
 
 def halved(item: Field) -> Field:
@@ -68,7 +68,7 @@ def chase_db1(data: Path) -> Task:
     train, validation, test = (
         [item for item in every if int(item.name[:2]) in children] for children in parts.values()
     )
-    return Task(["red", "green", "blue"], train, {"validation": validation, "test": test}, (2, 4, 8), (12, 4))
+    return Task(["red", "green", "blue"], train, {"validation": validation, "test": test}, (2, 4, 8), 4)
 
 
 def bbbc038(data: Path) -> Task:
@@ -82,7 +82,7 @@ def bbbc038(data: Path) -> Task:
         for item in images
     ]
     fields = [item for item in squares[52:] if len(np.unique(item.read_labels())) > 3][:48]
-    return Task(["DNA"], fields, {"test": squares[:24], "validation": squares[24:36]}, (4, 16, 40), (2, 1))
+    return Task(["DNA"], fields, {"test": squares[:24], "validation": squares[24:36]}, (4, 16, 40), 1)
 
 
 def pancreas_ducts(data: Path) -> Task:
@@ -120,7 +120,7 @@ def pancreas_ducts(data: Path) -> Task:
         return found
 
     held_out = {"test": take("test", 16, 256, 3), "validation": take("validation", 8, 256, 2)}
-    return Task(list(whole.channels), take("train", 48, PATCH, 1), held_out, (4, 16), (4, 1))
+    return Task(list(whole.channels), take("train", 48, PATCH, 1), held_out, (4, 16), 1)
 
 
 def _ductal_cells(sdata: SpatialData) -> np.ndarray:

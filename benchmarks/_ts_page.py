@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from _runs import keep_runs
+
 import histoniche as hn
 
 if TYPE_CHECKING:
@@ -21,6 +23,10 @@ ARMS = {
     "scratch": "scratch", "mae": "MAE", "mocov3": "MoCo v3", "task_agnostic_kd": "task-agnostic KD", "ts_kd": "TS-KD",
 }  # fmt: skip
 _FLAT = {"mocov3": "moco", "hausdorff95": "hd95"}
+
+
+RUN = ["task", "n_labelled", "arm", "seed"]
+RUNS = "seg_ts_kd/runs.csv"
 
 
 def summary(runs: pd.DataFrame) -> pd.DataFrame:
@@ -95,9 +101,9 @@ def write(
     cost: pd.DataFrame | None,
 ) -> None:
     """Write page, figures and pictures from whatever runs there are."""
-    table = summary(runs)
     folder = docs / "seg_ts_kd"
-    folder.mkdir(exist_ok=True)
+    runs = keep_runs(runs, docs / RUNS, RUN)
+    table = summary(runs)
     lines = [
         "# Task-specific distillation with few labels", "",
         "Made by `python benchmarks/seg_ts_kd.py DATA --out RUNS`. Student: ViT-Tiny under a light DPT, random weights at the start. Every way has "

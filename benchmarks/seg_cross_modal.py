@@ -11,7 +11,6 @@ was stopped goes on. Writes ``docs/benchmarks/seg_cross_modal.{md,json}``, its p
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import time
@@ -22,8 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from _runs import made_with, read_runs
 from _seg_data import N_TRANSFER, N_TUNE, PATCH, SPLITS, TEST, TUNING_STEPS, load_split, save_split, teacher_maps
-from _seg_page import RUN, read_runs, write
+from _seg_page import RUN, RUNS, write
 
 from histoniche import seg, settings
 
@@ -56,6 +56,7 @@ KD: dict[str, dict[str, Any]] = {
     "kd loss on true labels": {},
 }
 """Arms that learn from all transfer patches, and their options."""
+MADE_WITH = made_with(SETTINGS, RATES, RATE, KD, PRETRAINED, N_TRANSFER, N_TUNE, TUNING_STEPS, TEST)
 
 
 @dataclass(frozen=True)
@@ -125,12 +126,6 @@ def measured(found: list[np.ndarray], fields: list[Field]) -> dict[str, float]:
     return {name: float(frame[name].mean()) for name in ("dice", "hausdorff95", "boundary_f", "ap50", "ap75", "pq")}
 
 
-def made_with() -> str:
-    """Digest of what all runs share, so that figures made otherwise are not taken for theirs."""
-    shared = [SETTINGS, RATES, RATE, KD, PRETRAINED, N_TRANSFER, N_TUNE, TUNING_STEPS, TEST]
-    return hashlib.sha256(json.dumps(shared).encode()).hexdigest()[:8]
-
-
 # ------------------------------------------------------------------------------------------------------------- stages
 def prepare(name: str, data: Path, out: Path) -> None:
     """Make a split, tune the teacher, keep its maps of the transfer patches and what it reaches itself."""
@@ -163,7 +158,7 @@ def one_run(run: Run, out: Path, part: str) -> str:
     if run.seed == 0 and run.n_labelled == N_LABELLED and run.n_steps == N_STEPS:
         np.savez_compressed(path.with_suffix(".npz"), *found[:4])
     beside = path.with_suffix(".part")
-    beside.write_text(json.dumps({**asdict(run), "made_with": made_with(), **measured(found, fields)}, indent=1))
+    beside.write_text(json.dumps({**asdict(run), "made_with": MADE_WITH, **measured(found, fields)}, indent=1))
     beside.replace(path)
     return run.file
 
@@ -232,7 +227,7 @@ def main() -> None:
     names = [args.only] if args.only else list(SPLITS)
     for name in names:
         prepare(name, args.data, args.out)
-    kept = read_runs(DOCS, made_with()) if args.resume and not args.validation else None
+    kept = read_runs(DOCS / RUNS, MADE_WITH) if args.resume and not args.validation else None
     done_before = set() if kept is None else set(kept[RUN].itertuples(index=False, name=None))
     wanted = [run for run in runs(SEEDS) if run.data in names and astuple(run) not in done_before]
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:

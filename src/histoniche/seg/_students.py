@@ -113,7 +113,8 @@ def build_student(
             raise
         msg = (
             f"The ImageNet weights of the student's encoder {encoder!r} cannot be had ({type(error).__name__}): connect to "
-            "the Hugging Face hub, pass weights= with a local file, or pretrained=False to start from random weights."
+            f"the Hugging Face hub, pass weights= with a local file, take {_LITE0!r}, whose weights need no download, or pass "
+            "pretrained=False to start from random weights."
         )
         raise StudentAccessError(msg) from error
     if weights is not None:
