@@ -22,7 +22,9 @@ PATCH = 128
 """Width in px of a patch that is labelled, or that the teacher segments."""
 TEST = 256
 """Width in px of a field that is measured on."""
-N_TRANSFER, N_TUNE, TUNING_STEPS = {"bbbc038": 96, "pancreas": 192}, 128, 400
+N_TRANSFER, N_TUNE, TUNING_STEPS = {"bbbc038": 280, "pancreas": 192}, 128, 400
+FEWEST = 3
+"""A labelled patch has so many objects, or more; transfer patches may be empty, as images may."""
 STAINS = ("DAPI", "boundary", "18S")
 BANDS = {"tune": (0.0, 0.28), "transfer": (0.30, 0.60), "validation": (0.62, 0.70), "test": (0.72, 1.0)}
 """Parts of the height of the pancreas: labels that the teacher was tuned on, patches that it teaches on, held-out parts.
@@ -55,9 +57,9 @@ class Split:
     others: dict[str, Teacher]
 
     def labelled(self, n: int, seed: int) -> list[Field]:
-        """Labelled patches of a run."""
-        rows = np.random.default_rng([seed, 11]).permutation(len(self.transfer))[:n]
-        return [self.transfer[row] for row in rows]
+        """Labelled patches of a run, drawn from those with some objects."""
+        worth = [item for item in self.transfer if len(np.unique(item.read_labels())) > FEWEST]
+        return [worth[row] for row in np.random.default_rng([seed, 11]).permutation(len(worth))[:n]]
 
 
 def bbbc038(data: Path, folder: Path) -> Split:
@@ -70,11 +72,9 @@ def bbbc038(data: Path, folder: Path) -> Split:
     held_out = {"test": images[:24], "validation": images[24:36]}
     held_out = {part: [item.crop(0, 0, TEST, TEST) for item in fields] for part, fields in held_out.items()}
     transfer = []
-    for item in images[52:]:
+    for item in images[52 : 52 + N_TRANSFER["bbbc038"]]:
         y, x = (int(rng.integers(length - PATCH + 1)) for length in item.shape)
-        patch = item.crop(y, x, PATCH, PATCH)
-        if len(np.unique(patch.read_labels())) > 3 and len(transfer) < N_TRANSFER["bbbc038"]:
-            transfer.append(patch)
+        transfer.append(item.crop(y, x, PATCH, PATCH))
     teacher = LiteMedSAM(["DNA"], prompts=Prompts("boxes"))
     return Split("DNA", transfer, held_out, teacher, {})
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from histoniche.seg import Field, Segmenter, distill, finetune, maps_of_labels, metrics
+from histoniche.seg import Field, Segmenter, best_threshold, distill, finetune, maps_of_labels, metrics
+from histoniche.seg._distill import _middle
 from histoniche.seg.teachers import CallableTeacher, Output
 
 SMALL: dict[str, Any] = {
@@ -125,6 +126,27 @@ def test_another_distillations_checkpoint_is_refused(fields: list[Field], tmp_pa
     Checkpoint(path, "other").save(1, torch.nn.Linear(1, 1), {})
     with pytest.raises(ValueError, match="belongs to another training"):
         finetune(fields[:1], checkpoint=path, n_steps=2, **SMALL)
+
+
+def test_the_threshold_is_chosen_on_labels(fields: list[Field]) -> None:
+    labelled, validation = fields[2:4], fields[4:]
+    model = distill(fields[:2], teacher=Knowing(), labelled=labelled, n_steps=2, **SMALL)
+    assert model.config.threshold == best_threshold(model, labelled) != 0.5  # two steps: far from trained
+    assert distill(fields[:2], teacher=Knowing(), n_steps=2, **SMALL).config.threshold == 0.5
+    again = finetune(labelled, validation=validation, n_steps=2, **{**SMALL, "student": model})
+    assert again.config.threshold == best_threshold(again, validation)
+    # Its own training fields say nothing about a student's threshold, nor does that of its beginning.
+    assert finetune(labelled, n_steps=2, **{**SMALL, "student": model}).config.threshold == 0.5
+
+
+def test_a_large_field_is_judged_by_its_middle(fields: list[Field]) -> None:
+    tall = replace(
+        fields[0], image=np.tile(fields[0].image, (1, 12, 1)), labels=np.tile(fields[0].read_labels(), (12, 1))
+    )
+    middle = _middle(tall)
+    assert middle.shape == (1024, tall.shape[1])
+    start = (tall.shape[0] - 1024) // 2
+    np.testing.assert_array_equal(middle.read_labels(), tall.read_labels()[start : start + 1024])
 
 
 def test_early_stopping_returns_the_best_step(fields: list[Field]) -> None:

@@ -19,6 +19,7 @@ from ._synthesize import read_synthetic, synthesize
 from ._targets import maps_of_labels
 from ._task_readers import read_autooral, read_chase_db1, read_drive, read_kidneyus, read_ph2
 from ._task_specific import task_specific_distill
+from ._threshold import best_threshold
 from ._tissuenet import read_tissuenet
 from .teachers._lora import finetune_lora
 
@@ -30,6 +31,7 @@ __all__ = [
     "StudentAccessError",
     "UncertaintyWeights",
     "as_callable",
+    "best_threshold",
     "compare",
     "distill",
     "export_onnx",

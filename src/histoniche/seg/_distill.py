@@ -12,6 +12,7 @@ from ._fields import STRETCH
 from ._fit import EarlyStopping, Stacks, fit
 from ._losses import DEFAULT_TERMS, DistillationLoss
 from ._segmenter import Segmenter, SegmenterConfig, check_scale
+from ._threshold import best_threshold
 from .teachers._cache import teach
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from .teachers import Teacher
 
 _LEAST_PATCH = 32
+_HALF = 0.5
+_JUDGED_PX = 1024
 
 
 def distill(
@@ -107,7 +110,8 @@ def distill(
 
     Returns
     -------
-    The student.
+    The student. Its ``config.threshold`` is that of :func:`best_threshold` on the validation fields, else on the labelled
+    ones (the middle of each that is wider than 1024 px); 0.5 without either.
 
     Raises
     ------
@@ -151,11 +155,12 @@ def distill(
         "terms": list(loss.terms), "uncertainty weights": uncertainty, "hard": hard, "fields": n_fields,
         "labelled fields": len(labelled), "steps": n_steps, "batch": batch_size, "patch px": patch_px, "seed": seed,
     }  # fmt: skip
+    judged = [*(validation or labelled)] if {"probability", "supervised"} & set(loss.terms) else []
     return _run(
         segmenter, Stacks(channels, [*fields, *labelled], maps, hidden), loss, validation, n_steps=n_steps,
         batch_size=batch_size, patch_px=patch_px, labelled_share=labelled_share, lr=lr, weight_decay=weight_decay,
         patience=patience, checkpoint=checkpoint, checkpoint_every=checkpoint_every, seed=seed, description="distil",
-        alignment=alignment,
+        alignment=alignment, judged=judged,
     )  # fmt: skip
 
 
@@ -203,7 +208,8 @@ def finetune(
 
     Returns
     -------
-    The student; a copy where one was given.
+    The student; a copy where one was given. Its ``config.threshold`` is that of :func:`best_threshold` on the validation fields,
+    and 0.5 without them.
 
     Raises
     ------
@@ -229,6 +235,7 @@ def finetune(
         segmenter, Stacks(channels, fields, []), DistillationLoss(["supervised"], uncertainty=False), validation,
         n_steps=n_steps, batch_size=batch_size, patch_px=patch_px, labelled_share=1.0, lr=lr, weight_decay=weight_decay,
         patience=patience, checkpoint=checkpoint, checkpoint_every=checkpoint_every, seed=seed, description="finetune",
+        judged=validation,
     )  # fmt: skip
 
 
@@ -238,10 +245,12 @@ def _run(
     loss: DistillationLoss,
     validation: Sequence[Field],
     *,
+    judged: Sequence[Field],
     patience: int,
     checkpoint: str | Path | None,
     **settings: Any,
 ) -> Segmenter:
+    """Train in place, and choose the threshold on the fields to be judged by."""
     stopping = None
     if validation:
         every = max(1, settings["n_steps"] // 20)
@@ -250,7 +259,14 @@ def _run(
         segmenter, stacks, loss, stopping=stopping, checkpoint=None if checkpoint is None else Path(checkpoint),
         **settings,
     )  # fmt: skip
+    segmenter.config.threshold = best_threshold(segmenter, [_middle(item) for item in judged]) if judged else _HALF
     return segmenter
+
+
+def _middle(item: Field) -> Field:
+    """Middle of a field that is too large to be segmented at once."""
+    height, width = (min(length, _JUDGED_PX) for length in item.shape)
+    return item.crop((item.shape[0] - height) // 2, (item.shape[1] - width) // 2, height, width)
 
 
 def _start(
