@@ -158,7 +158,8 @@ def one_run(run: Run, out: Path, part: str) -> str:
     if run.seed == 0 and run.n_labelled == N_LABELLED and run.n_steps == N_STEPS:
         np.savez_compressed(path.with_suffix(".npz"), *found[:4])
     beside = path.with_suffix(".part")
-    beside.write_text(json.dumps({**asdict(run), "made_with": MADE_WITH, **measured(found, fields)}, indent=1))
+    about = {**asdict(run), "made_with": MADE_WITH, "threshold": student.config.threshold}
+    beside.write_text(json.dumps({**about, **measured(found, fields)}, indent=1))
     beside.replace(path)
     return run.file
 
