@@ -87,7 +87,7 @@ def test_weights_of_a_local_file(tmp_path: Path) -> None:
     assert shared > 100
 
 
-def test_imagenet_weights_without_a_download() -> None:
+def test_imagenet_weights_without_a_download(caplog: pytest.LogCaptureFixture) -> None:
     student = build_student("efficientnet-lite0")
     weights = efficientnet_lite0_weights()
     for name, tensor in student.encoder.state_dict().items():
@@ -95,6 +95,7 @@ def test_imagenet_weights_without_a_download() -> None:
         if name == "model.conv_stem.weight":  # one channel: the sum over the colours
             expected = expected.sum(1, keepdim=True)
         torch.testing.assert_close(tensor, expected, rtol=0, atol=1e-6)
+    assert not caplog.records  # timm warns of weights that it does not need
 
 
 def test_weights_that_are_no_file(tmp_path: Path) -> None:
