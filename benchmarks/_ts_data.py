@@ -82,7 +82,7 @@ def bbbc038(data: Path) -> Task:
         for item in images
     ]
     fields = [item for item in squares[52:] if len(np.unique(item.read_labels())) > 3][:48]
-    return Task(["DNA"], fields, {"test": squares[:24], "validation": squares[24:36]}, (4, 16, 40), 1)
+    return Task(["DNA"], fields, {"test": squares[:24], "validation": squares[24:36]}, (4, 16, 40), 3)
 
 
 def pancreas_ducts(data: Path) -> Task:

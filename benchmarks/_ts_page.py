@@ -52,6 +52,15 @@ def flat(table: pd.DataFrame) -> dict[str, float]:
     return figures
 
 
+def flat_cost(table: pd.DataFrame) -> dict[str, float]:
+    """Cost of the stages under flat names."""
+    return {
+        f"cost.{row['stage'].replace(', ', '_').replace(' ', '_').lower()}.{name}": round(float(row[name]), 3)
+        for _, row in table.iterrows()
+        for name in ("s_step", "memory_gb")
+    }
+
+
 def _value(row: pd.Series, metric: str, digits: int) -> str:
     spread = f" ± {row[f'{metric}.sd']:.{digits}f}" if row["seeds"] > 1 else ""
     return f"{row[metric]:.{digits}f}{spread}"
@@ -122,4 +131,5 @@ def write(
     if cost is not None:
         lines += _cost(cost)
     (docs / "seg_ts_kd.md").write_text("\n".join(lines), encoding="utf-8")
-    (docs / "seg_ts_kd.json").write_text(json.dumps(flat(table), indent=1) + "\n", encoding="utf-8")
+    figures = {**flat(table), **({} if cost is None else flat_cost(cost))}
+    (docs / "seg_ts_kd.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
