@@ -122,6 +122,10 @@ def test_card_says_licence_resolution_and_training(tmp_path: Path) -> None:
     assert "Not recorded" not in card
     assert "percentiles 1 and 99.8" in card
     assert "teacher" not in make().card()
+    assert (
+        "foreground above 0.35, seeds 2 px deep, at least 9 px"
+        in make(threshold=0.35, min_depth=2.0, min_area=9).card()
+    )
     assert "resolution: unknown" in make().card()
 
 

@@ -252,7 +252,7 @@ class Segmenter:
     def card(self) -> str:
         """Model card, in Markdown."""
         c = self.config
-        paper = f" (the paper's {c.encoder}: {STUDENTS[c.encoder][1]:g} M)" if c.encoder in STUDENTS else ""
+        paper = f" (published: {STUDENTS[c.encoder][1]:g} M)" if c.encoder in STUDENTS else ""
         seen = ", ".join(f"`{name}`" for name in c.channels)
         kind = "DPT" if is_plain_vit(c.encoder) else "U-Net"
         lines = [
@@ -263,6 +263,7 @@ class Segmenter:
             f"- resolution: {'unknown' if c.um_per_px is None else f'{c.um_per_px:g} um/px'}",
             f"- values: percentiles {c.stretch[0]:g} and {c.stretch[1]:g} of the image become 0 and 1",
             f"- maps: {', '.join(c.outputs)}",
+            f"- objects: foreground above {c.threshold:g}, seeds {c.min_depth:g} px deep, at least {c.min_area} px",
         ]
         if c.teacher:
             lines += [
