@@ -22,7 +22,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from _runs import made_with, read_runs
-from _seg_data import N_TRANSFER, N_TUNE, PATCH, SPLITS, TEST, TUNING_STEPS, load_split, save_split, teacher_maps
+from _seg_data import (
+    FEWEST,
+    N_TRANSFER,
+    N_TUNE,
+    PATCH,
+    SPLITS,
+    TEST,
+    TUNING_STEPS,
+    load_split,
+    save_split,
+    teacher_maps,
+)
 from _seg_page import RUN, RUNS, write
 
 from histoniche import seg, settings
@@ -56,7 +67,7 @@ KD: dict[str, dict[str, Any]] = {
     "kd loss on true labels": {},
 }
 """Arms that learn from all transfer patches, and their options."""
-MADE_WITH = made_with(SETTINGS, RATES, RATE, KD, PRETRAINED, N_TRANSFER, N_TUNE, TUNING_STEPS, TEST)
+MADE_WITH = made_with(SETTINGS, RATES, RATE, KD, PRETRAINED, N_TRANSFER, N_TUNE, TUNING_STEPS, FEWEST, TEST)
 
 
 @dataclass(frozen=True)
