@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 PATCH = 128
 """Width in px of a patch."""
+VIEWS = {"chase_db1": 4, "bbbc038": 3, "pancreas_ducts": 1}
+"""Patches of each field that a teacher shows to students."""
 DUCTAL = ("EPCAM", "KRT7", "CFTR", "EHF")
 BANDS = {"train": (0.0, 0.55), "validation": (0.58, 0.70), "test": (0.73, 1.0)}
 """Parts of the height of the pancreas."""
@@ -68,7 +70,9 @@ def chase_db1(data: Path) -> Task:
     train, validation, test = (
         [item for item in every if int(item.name[:2]) in children] for children in parts.values()
     )
-    return Task(["red", "green", "blue"], train, {"validation": validation, "test": test}, (2, 4, 8), 4)
+    return Task(
+        ["red", "green", "blue"], train, {"validation": validation, "test": test}, (2, 4, 8), VIEWS["chase_db1"]
+    )
 
 
 def bbbc038(data: Path) -> Task:
@@ -82,7 +86,7 @@ def bbbc038(data: Path) -> Task:
         for item in images
     ]
     fields = [item for item in squares[52:] if len(np.unique(item.read_labels())) > 3][:48]
-    return Task(["DNA"], fields, {"test": squares[:24], "validation": squares[24:36]}, (4, 16, 40), 3)
+    return Task(["DNA"], fields, {"test": squares[:24], "validation": squares[24:36]}, (4, 16, 40), VIEWS["bbbc038"])
 
 
 def pancreas_ducts(data: Path) -> Task:
@@ -120,7 +124,7 @@ def pancreas_ducts(data: Path) -> Task:
         return found
 
     held_out = {"test": take("test", 16, 256, 3), "validation": take("validation", 8, 256, 2)}
-    return Task(list(whole.channels), take("train", 48, PATCH, 1), held_out, (4, 16), 1)
+    return Task(list(whole.channels), take("train", 48, PATCH, 1), held_out, (4, 16), VIEWS["pancreas_ducts"])
 
 
 def _ductal_cells(sdata: SpatialData) -> np.ndarray:

@@ -117,7 +117,7 @@ def write(
         "# Task-specific distillation with few labels", "",
         "Made by `python benchmarks/seg_ts_kd.py DATA --out RUNS`. Student: ViT-Tiny under a light DPT, random weights at the start. Every way has "
         "the same labels, augmentation and last training; those that pretrain do so for equally many steps of equally large batches on the same "
-        "images. Teacher: LiteMedSAM, for TS-KD adapted with the labels of the run. Mean ± SD over seeds, each of which draws labels, weights and patches; "
+        "images. Teacher: LiteMedSAM, for TS-KD adapted with the labels of the run (where adaptation has no steps: a new decoder, no LoRA). Mean ± SD over seeds, each of which draws labels, weights and patches; "
         "measured on held-out fields, Hausdorff 95 in px, or um where um/px is known.", "",
         "Settings: " + "; ".join(f"{stage} {options}" for stage, options in settings.items()) + ".", "",
         "What it shows, and what it does not: {doc}`seg_ts_kd_reading`.", "",

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from _runs import made_with, read_runs
 from _ts_cost import measure as measure_stages
-from _ts_data import PATCH, TASKS
-from _ts_page import RUNS, write
+from _ts_data import PATCH, TASKS, VIEWS
+from _ts_page import RUN, RUNS, write
 
 from histoniche import seg, settings
 from histoniche.seg._compare import drawn, measure_mask
@@ -36,11 +36,14 @@ DOCS = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 ARMS = ("scratch", "mae", "mocov3", "task_agnostic_kd", "ts_kd")
 SMALL: dict[str, Any] = {
     "tuning": {"n_steps": 300, "batch_size": 4},
-    "adaptation": {"n_steps": 15, "batch_size": 2, "rank": 4, "lr": 3e-4},
+    "adaptation": {"n_steps": 0, "batch_size": 2},
     "pretraining": {"n_steps": 250, "batch_size": 8, "lr": 1e-3},
     "finetuning": {"n_steps": 800, "batch_size": 8, "lr": 1e-3},
 }
-"""For two cores. After 200 steps of the last training a student from MAE has not even fitted its four labels."""
+"""For two cores: 7 s a step of LoRA are left out, see ``LORA``. After 200 steps of the last training a student from MAE has not even
+fitted its four labels."""
+LORA = {"n_steps": 15, "batch_size": 2, "lr": 3e-4}
+"""Adaptation of the ablation on two cores."""
 LARGE: dict[str, Any] = {
     "tuning": {"n_steps": 1000, "batch_size": 8},
     "adaptation": {"n_steps": 2000, "batch_size": 4, "rank": 4},
@@ -76,13 +79,13 @@ def ablate(data: Path, out: Path, *, part: str, large: bool) -> None:
     teacher = seg.teachers.SAM(task.channels, model="vit_b") if large else seg.teachers.LiteMedSAM(task.channels)
     labelled = drawn(task.fields, task.n_labelled[0], 0)
     rest = [item for item in task.fields if item.name not in {other.name for other in labelled}]
-    rank = options["adaptation"]["rank"]
+    rank = options["adaptation"].get("rank", 0)
     wanted = [(value, len(rest), 0) for value in RANKS]
     wanted += [(rank, value, 0) for value in UNLABELLED if value < len(rest)]
     wanted += [(rank, len(rest), value) for value in (SYNTHETIC if large else ()) if value]
     rows = []
     for rank, n_unlabelled, n_synthetic in wanted:
-        adaptation = {**options["adaptation"], "rank": rank} if rank else {"n_steps": 0}
+        adaptation = {**options["adaptation"], **({} if large else LORA), "rank": rank} if rank else {"n_steps": 0}
         student = seg.task_specific_distill(
             labelled, teacher=teacher, unlabelled=rest[:n_unlabelled], held_out=task.held_out[part],
             folder=out / "ablation" / f"rank{rank}-{n_unlabelled}-{n_synthetic}", channel=task.channels, pretrained=False,
@@ -97,11 +100,11 @@ def ablate(data: Path, out: Path, *, part: str, large: bool) -> None:
 
 def digest(*, large: bool) -> str:
     """What tells runs of these settings from those of others."""
-    return made_with(LARGE if large else SMALL, TUNING_VIEWS, PATCH)
+    return made_with(LARGE if large else SMALL, TUNING_VIEWS, VIEWS, PATCH)
 
 
 def one_task(
-    name: str, data: Path, out: Path, seeds: list[int], kept: set[tuple[str, int, int]], *, part: str, large: bool
+    name: str, data: Path, out: Path, seeds: list[int], kept: set[tuple[Any, ...]], *, part: str, large: bool
 ) -> str:
     """Compare the arms on a task, seed by seed and number by number, but for what was kept."""
     settings.progress = False
@@ -117,10 +120,11 @@ def one_task(
     else:
         teacher = seg.teachers.LiteMedSAM(task.channels)
     for seed, n_labelled in product(seeds, task.n_labelled):
-        if (name, n_labelled, seed) in kept:
+        arms = [arm for arm in ARMS if (name, n_labelled, arm, seed) not in kept]
+        if not arms:
             continue
         frame = seg.compare(
-            task.fields, test=task.held_out[part], teacher=teacher, folder=out / name / part, synthetic=synthetic, arms=ARMS,
+            task.fields, test=task.held_out[part], teacher=teacher, folder=out / name / part, synthetic=synthetic, arms=arms,
             n_labelled=[n_labelled], seeds=[seed], channel=task.channels, patch_px=PATCH,
             **options_of(task, n_labelled, large=large),
         )  # fmt: skip
@@ -151,7 +155,7 @@ def main() -> None:
     if args.cost:
         measure_stages(args.out, LARGE if args.large else SMALL, large=args.large)
     before = read_runs(DOCS / RUNS, digest(large=args.large)) if args.resume and part == "test" else None
-    kept = set() if before is None else set(before[["task", "n_labelled", "seed"]].itertuples(index=False, name=None))
+    kept = set() if before is None else set(before[RUN].itertuples(index=False, name=None))
     names = [] if args.ablations or args.cost else [args.only] if args.only else list(TASKS)
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         jobs = [
