@@ -30,5 +30,5 @@ def keep_runs(runs: pd.DataFrame, path: Path, keys: list[str]) -> pd.DataFrame:
     """Write runs, the first of those of equal keys; return them."""
     runs = runs.drop_duplicates(keys).sort_values(keys).reset_index(drop=True)
     path.parent.mkdir(exist_ok=True)
-    runs.round(4).to_csv(path, index=False)
+    runs.round(6).to_csv(path, index=False)
     return runs

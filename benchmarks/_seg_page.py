@@ -107,14 +107,17 @@ def rows(table: pd.DataFrame, labels: list[str], columns: tuple[str, ...] = METR
 def draw(out: Path, folder: Path, *, student: str, n_labelled: int, n_steps: int) -> None:
     """Pictures of held-out fields: teacher, student without and with distillation, truth."""
     for data in _NAMES:
-        if not (out / data / "teacher_test.npz").exists():
-            continue
+        students = {
+            title: out / "test" / f"{data}.{student}.{arm}.{n_labelled}.{n_steps}.0.npz"
+            for arm, title in (("no_kd", "no distillation"), ("kd", "student"))
+        }
+        if not all(path.exists() for path in (out / data / "teacher_test.npz", *students.values())):
+            continue  # made elsewhere: the picture in the docs stays
         split = load_split(out / data)
         with np.load(out / data / "teacher_test.npz", allow_pickle=False) as arrays:
             maps = arrays["arr_0"][:2].astype(np.float32)
         shown = {"teacher": [seg.instances(found) for found in maps]}
-        for arm, title in (("no_kd", "no distillation"), ("kd", "student")):
-            path = out / "test" / f"{data}.{student}.{arm}.{n_labelled}.{n_steps}.0.npz"
+        for title, path in students.items():
             with np.load(path, allow_pickle=False) as arrays:
                 shown[title] = [arrays[f"arr_{i}"] for i in range(2)]
         figure = hn.pl.segmentation(

@@ -103,7 +103,11 @@ def runs(seeds: tuple[int, ...]) -> list[Run]:
         Run(data, arm, n_steps=n, seed=seed)
         for seed in seeds for n in (N_STEPS // 3, N_STEPS * 2) for data in SPLITS for arm in ("no_kd", "kd")
     ]  # fmt: skip
-    return [*table, *controls, *labels, *schedules]
+    early = [
+        Run(data, "no_kd", student=student, n_steps=N_STEPS // 3, seed=seed)
+        for seed in seeds for student in STUDENTS if student != CONTROL for data in SPLITS
+    ]  # fmt: skip
+    return [*table, *early, *controls, *labels, *schedules]
 
 
 class Truth:
