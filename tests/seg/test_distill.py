@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from histoniche.seg import Field, Segmenter, best_threshold, distill, finetune, maps_of_labels, metrics
-from histoniche.seg._distill import _middle
+from histoniche.seg import Field, Segmenter, _distill, distill, finetune, maps_of_labels, metrics
 from histoniche.seg.teachers import CallableTeacher, Output
 
 SMALL: dict[str, Any] = {
@@ -128,22 +127,31 @@ def test_another_distillations_checkpoint_is_refused(fields: list[Field], tmp_pa
         finetune(fields[:1], checkpoint=path, n_steps=2, **SMALL)
 
 
-def test_the_threshold_is_chosen_on_labels(fields: list[Field]) -> None:
+def test_the_threshold_is_chosen_on_labels(fields: list[Field], monkeypatch: pytest.MonkeyPatch) -> None:
     labelled, validation = fields[2:4], fields[4:]
-    model = distill(fields[:2], teacher=Knowing(), labelled=labelled, n_steps=2, **SMALL)
-    assert model.config.threshold == best_threshold(model, labelled) != 0.5  # two steps: far from trained
+    judged: list[int] = []
+
+    def choose(model: Segmenter, given: list[Field]) -> float:
+        assert isinstance(model, Segmenter)
+        judged.append(len(given))
+        return 0.35
+
+    monkeypatch.setattr(_distill, "best_threshold", choose)
+    model = distill(fields[:2], teacher=Knowing(), labelled=labelled[:1], n_steps=2, **SMALL)
+    assert (model.config.threshold, judged) == (0.35, [1])
+    finetune(labelled, validation=validation, n_steps=2, **SMALL)
+    assert judged == [1, len(validation)]
+    # Nothing to choose on; and a student's own training fields say nothing, nor does the threshold of its beginning.
     assert distill(fields[:2], teacher=Knowing(), n_steps=2, **SMALL).config.threshold == 0.5
-    again = finetune(labelled, validation=validation, n_steps=2, **{**SMALL, "student": model})
-    assert again.config.threshold == best_threshold(again, validation)
-    # Its own training fields say nothing about a student's threshold, nor does that of its beginning.
     assert finetune(labelled, n_steps=2, **{**SMALL, "student": model}).config.threshold == 0.5
+    assert len(judged) == 2
 
 
 def test_a_large_field_is_judged_by_its_middle(fields: list[Field]) -> None:
     tall = replace(
         fields[0], image=np.tile(fields[0].image, (1, 12, 1)), labels=np.tile(fields[0].read_labels(), (12, 1))
     )
-    middle = _middle(tall)
+    middle = _distill._middle(tall)
     assert middle.shape == (1024, tall.shape[1])
     start = (tall.shape[0] - 1024) // 2
     np.testing.assert_array_equal(middle.read_labels(), tall.read_labels()[start : start + 1024])

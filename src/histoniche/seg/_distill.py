@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from .teachers import Teacher
 
 _LEAST_PATCH = 32
-_HALF = 0.5
 _JUDGED_PX = 1024
 
 
@@ -259,7 +258,9 @@ def _run(
         segmenter, stacks, loss, stopping=stopping, checkpoint=None if checkpoint is None else Path(checkpoint),
         **settings,
     )  # fmt: skip
-    segmenter.config.threshold = best_threshold(segmenter, [_middle(item) for item in judged]) if judged else _HALF
+    segmenter.config.threshold = (
+        best_threshold(segmenter, [_middle(item) for item in judged]) if judged else SegmenterConfig.threshold
+    )
     return segmenter
 
 

@@ -46,7 +46,7 @@ def best_threshold(model: Segmenter, fields: Sequence[Field], *, candidates: Seq
 
     References
     ----------
-    Lipton, Elkan and Naryanaswamy 2014, arXiv 1402.1892.
+    Lipton et al. 2014, arXiv 1402.1892.
     """
     fields, tried = list(fields), [float(value) for value in candidates]
     if not fields or not tried or not all(0 < value < 1 for value in tried):
