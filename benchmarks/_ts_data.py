@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 PATCH = 128
 """Width in px of a patch."""
-VIEWS = {"chase_db1": 4, "bbbc038": 3, "pancreas_ducts": 1}
+VIEWS = {"chase_db1": 4, "bbbc038": 2, "pancreas_ducts": 1}
 """Patches of each field that a teacher shows to students."""
 DUCTAL = ("EPCAM", "KRT7", "CFTR", "EHF")
 BANDS = {"train": (0.0, 0.55), "validation": (0.58, 0.70), "test": (0.73, 1.0)}

@@ -91,6 +91,36 @@ def _ablation(table: pd.DataFrame) -> list[str]:
     return [*lines, ""]
 
 
+def _schedules(table: pd.DataFrame) -> list[str]:
+    """Dice by length of the last training, a table for each task."""
+    lines = [
+        "## Length of the last training", "", "Dice of the fewest labels, seed 0, by steps of the last training; the pretraining as above.", "",
+    ]  # fmt: skip
+    for task, rows in table.groupby("task"):
+        steps = sorted(rows["n_steps"].unique())
+        lines += [
+            f"{NAMES[task]}:",
+            "",
+            "| way | " + " | ".join(f"{n}" for n in steps) + " |",
+            "|---" * (len(steps) + 1) + "|",
+        ]
+        for arm, name in ARMS.items():
+            dice = rows[rows["arm"] == arm].set_index("n_steps")["dice"].reindex(steps)
+            lines.append(f"| {name} | " + " | ".join(f"{value:.3f}".replace("nan", "") for value in dice) + " |")
+        lines.append("")
+    return lines
+
+
+def flat_schedules(table: pd.DataFrame) -> dict[str, float]:
+    """Dice by length of the last training under flat names."""
+    return {
+        f"schedule.{row['task']}.{_FLAT.get(row['arm'], row['arm'])}.{row['n_steps']}.dice": round(
+            float(row["dice"]), 4
+        )
+        for _, row in table.iterrows()
+    }
+
+
 def _cost(table: pd.DataFrame) -> list[str]:
     lines = [
         "## What a step costs", "", f"On {table['device'].iloc[0]}, batches as above, each stage in a process of its own; *teacher* encodes one patch. Memory is the peak of "
@@ -107,6 +137,7 @@ def write(
     *,
     settings: dict[str, Any],
     ablation: pd.DataFrame | None,
+    schedules: pd.DataFrame | None,
     cost: pd.DataFrame | None,
 ) -> None:
     """Write page, figures and pictures from whatever runs there are."""
@@ -128,8 +159,12 @@ def write(
         lines += [f"## {NAMES[task]}", "", *_table(rows), "", f"![{task}](seg_ts_kd/{picture.name})", ""]
     if ablation is not None:
         lines += _ablation(ablation)
+    if schedules is not None:
+        lines += _schedules(schedules)
     if cost is not None:
         lines += _cost(cost)
     (docs / "seg_ts_kd.md").write_text("\n".join(lines), encoding="utf-8")
-    figures = {**flat(table), **({} if cost is None else flat_cost(cost))}
+    figures = flat(table)
+    figures |= {} if schedules is None else flat_schedules(schedules)
+    figures |= {} if cost is None else flat_cost(cost)
     (docs / "seg_ts_kd.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

@@ -67,7 +67,11 @@ KD: dict[str, dict[str, Any]] = {
     "kd loss on true labels": {},
 }
 """Arms that learn from all transfer patches, and their options."""
-MADE_WITH = made_with(SETTINGS, RATES, RATE, KD, PRETRAINED, N_TRANSFER, N_TUNE, TUNING_STEPS, FEWEST, TEST)
+THRESHOLD = "best_threshold, one standard error"
+"""How distilled students decide what is foreground. On validation images, mean of 18 / 16 runs, Dice of the foreground: BBBC038 0.910 at
+0.5, 0.898 at the best threshold of the labelled patches, 0.907 where that must gain more than its standard error; pancreas 0.777,
+0.789, 0.785."""
+MADE_WITH = made_with(SETTINGS, RATES, RATE, KD, PRETRAINED, N_TRANSFER, N_TUNE, TUNING_STEPS, FEWEST, TEST, THRESHOLD)
 
 
 @dataclass(frozen=True)
