@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -162,3 +163,10 @@ def test_same_seed_same_student_with_labels_beside(fields: list[Field]) -> None:
     assert one.history == two.history
     assert {"probability", "hidden", "supervised", "s hidden"} < set(one.history)
     assert one.config.training["fields"] == 2
+
+
+def test_the_state_of_other_layers_is_refused(fields: list[Field], tmp_path: Path) -> None:
+    options = {**SMALL, "student": "vit-tiny", "n_steps": 2, "terms": ("hidden",), "checkpoint": tmp_path / "state"}
+    distill(fields[:2], teacher=Hidden(), layers={0: "block3"}, checkpoint_every=1, **options)
+    with pytest.raises(ValueError, match="belongs to another training"):
+        distill(fields[:2], teacher=Hidden(), layers={3: "block3"}, checkpoint_every=1, **options)

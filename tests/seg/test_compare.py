@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -38,6 +39,7 @@ def test_every_way_at_every_number_of_labels(
     trained: list[dict[str, Any]] = []
     finetune = module.finetune
 
+    @functools.wraps(finetune)
     def noted(labelled: Any, **kwargs: Any) -> Segmenter:
         trained.append({"labels": [item.name for item in labelled], **kwargs})
         return finetune(labelled, **kwargs)
@@ -104,3 +106,41 @@ def test_bad_input(run: Any, fields: list[Field], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has the pixels of the held-out field 'nuclei4'"):
         run(fields, tmp_path, synthetic=[replace(fields[4], name="copy")])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"n_labelled": ()}, r"n_labelled=\[\]"), ({"seeds": ()}, r"seeds=\[\]: at least one"),
+        ({"pretraining": {"mask_ratio": 0.5}}, "pretraining has the option 'mask_ratio': those of distill"),
+        ({"pretraining": {"layers": {0: "block0"}}}, "pretraining has the option 'layers': those of pretrain"),
+        ({"finetuning": {"n_stepz": 1}}, "finetuning has the option 'n_stepz'"), ({"patch_px": 50}, "patch_px=50"),
+    ],
+)  # fmt: skip
+def test_bad_settings_are_found_before_anything_is_trained(
+    run: Any, fields: list[Field], tmp_path: Path, given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(fields, tmp_path, **given)
+    for place in (1, 5):  # one to train on, one to measure on
+        bare = [item.without_labels() if row == place else item for row, item in enumerate(fields)]
+        with pytest.raises(ValueError, match=f"'nuclei{place}' has no labels"):
+            run(bare, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_all_ways_pretrain_alike_by_default(
+    run: Any, fields: list[Field], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, int, int]] = []
+    for name in ("distill", "pretrain"):
+        function = getattr(module, name)
+
+        @functools.wraps(function)
+        def short(fields: Any, *, _function: Any = function, _name: str = name, **kwargs: Any) -> Segmenter:
+            seen.append((_name, kwargs["n_steps"], kwargs["batch_size"]))
+            return _function(fields, **{**kwargs, "n_steps": 1, "batch_size": 2})
+
+        monkeypatch.setattr(module, name, short)
+    run(fields, tmp_path, pretraining=None, n_labelled=[1])
+    assert sorted(seen) == [("distill", 1000, 8), ("distill", 1000, 8), ("pretrain", 1000, 8), ("pretrain", 1000, 8)]

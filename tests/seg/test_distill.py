@@ -108,7 +108,7 @@ def test_interrupted_distillation_goes_on_bit_for_bit(
     monkeypatch.setattr(_fit, "training_patch", original)
     resumed = distill(fields[:3], checkpoint=path, checkpoint_every=3, **arguments)
     assert _same(whole, resumed)
-    assert not path.exists()
+    path.unlink()  # it stays until the student is safe
     calls.clear()
     monkeypatch.setattr(_fit, "training_patch", failing)
     with pytest.raises(RuntimeError, match="killed"):
@@ -145,16 +145,6 @@ def test_the_threshold_is_chosen_on_labels(fields: list[Field], monkeypatch: pyt
     assert distill(fields[:2], teacher=Knowing(), n_steps=2, **SMALL).config.threshold == 0.5
     assert finetune(labelled, n_steps=2, **{**SMALL, "student": model}).config.threshold == 0.5
     assert len(judged) == 2
-
-
-def test_a_large_field_is_judged_by_its_middle(fields: list[Field]) -> None:
-    tall = replace(
-        fields[0], image=np.tile(fields[0].image, (1, 12, 1)), labels=np.tile(fields[0].read_labels(), (12, 1))
-    )
-    middle = _distill._middle(tall)
-    assert middle.shape == (1024, tall.shape[1])
-    start = (tall.shape[0] - 1024) // 2
-    np.testing.assert_array_equal(middle.read_labels(), tall.read_labels()[start : start + 1024])
 
 
 def test_early_stopping_returns_the_best_step(fields: list[Field]) -> None:

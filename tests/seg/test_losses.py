@@ -97,6 +97,19 @@ def test_uncertainty_weights_are_bounded_and_logged() -> None:
     assert torch.isfinite(total)
 
 
+def test_a_weight_comes_back_from_its_bound() -> None:
+    weights = UncertaintyWeights(1)
+    optimizer = torch.optim.SGD(weights.parameters(), lr=0.5)
+    ends = []
+    for value in (1e-6, 0.5):
+        for _ in range(300):
+            optimizer.zero_grad()
+            weights(torch.tensor([value])).backward()
+            optimizer.step()
+        ends.append(float(weights.bounded.detach()))
+    assert ends == [-8, pytest.approx(np.log(0.5), abs=0.01)]
+
+
 @pytest.mark.parametrize("terms", [(), ("probability", "colour")])
 def test_unknown_terms(terms: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match="choose at least one of"):

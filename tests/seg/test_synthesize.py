@@ -278,7 +278,7 @@ def test_a_field_too_small_to_compare_with_itself_is_said(tmp_path: Path, monkey
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"n_steps": 4}, r"n_steps=3, not 4"), ({"seed": 2, "ddim_steps": 3}, r"ddim_steps=2, not 3; seed=0, not 2"),
+        ({"n_steps": 4}, r"n_steps=3, not 4"), ({"seed": 2, "ddim_steps": 4}, r"ddim_steps=2, not 4; seed=0, not 2"),
         ({"fields": _fields(2)}, "other training fields"), ({"channels": ["G"]}, r"channels=\['R'\], not \['G'\]"),
     ],
 )  # fmt: skip
@@ -320,7 +320,7 @@ def test_an_exchanged_model_is_refused(made: Path) -> None:
         ({"n_images": -1}, ValueError, "n_images=-1 must be 0 to 3000"),
         ({"n_images": 3001}, ValueError, "n_images=3001 must be 0 to 3000"),
         ({"n_steps": 0}, ValueError, "n_steps=0"), ({"batch_size": 0}, ValueError, "batch_size=0"),
-        ({"ddim_steps": 1001}, ValueError, "ddim_steps=1001"), ({"seed": -1}, ValueError, "seed=-1"),
+        ({"ddim_steps": 1001}, ValueError, "ddim_steps=1001"), ({"ddim_steps": 300}, ValueError, r"ddim_steps=300 one of \[1, 2, 4,"), ({"seed": -1}, ValueError, "seed=-1"),
         ({"lr": 0.0}, ValueError, r"lr=0\.0"), ({"checkpoint_every": 0}, ValueError, "checkpoint_every=0"),
         ({"size_px": 17}, ValueError, "size_px=17 must be a multiple of 2"),
         ({"size_px": 32}, ValueError, r"Field 'real0' is 24 x 26 px, smaller than size_px=32"),

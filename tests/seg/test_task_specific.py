@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,6 @@ from torch import Tensor
 
 from histoniche.seg import Field, Segmenter, task_specific_distill
 from histoniche.seg import _task_specific as module
-from histoniche.seg._task_specific import Stages, check_disjoint, content_hashes
 from histoniche.seg.teachers import PromptedTeacher, SemanticTeacher
 
 
@@ -33,6 +33,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for name in ("tune", "finetune_lora", "synthesize", "distill", "finetune"):
         original = getattr(module, name)
 
+        @functools.wraps(original)
         def noted(*args: Any, _name: str = name, _original: Any = original, **kwargs: Any) -> Any:
             calls.append(_name)
             return _original(*args, **kwargs)
@@ -112,47 +113,62 @@ def test_a_folder_of_another_run_is_refused(options: Any, fields: list[Field], t
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match="is a file"):
         task_specific_distill(fields[:2], **options(tmp_path / "file"))
-
-
-def test_held_out_images_are_found_by_their_pixels(options: Any, fields: list[Field], tmp_path: Path) -> None:
-    renamed = replace(fields[1], name="new", labels=None, image=fields[1].image.astype(np.float64))
-    for given in ({"held_out": [renamed]}, {"unlabelled": [renamed], "held_out": [fields[1]]}):
-        with pytest.raises(ValueError, match="has the pixels of the held-out field"):
-            task_specific_distill(fields[:2], **options(tmp_path / "run", **given))
-    assert not (tmp_path / "run").exists()
-    check_disjoint(fields[:2], fields[2:])
-    one_pixel = np.array(fields[1].image)
-    one_pixel[0, 0, 0] += 1
-    check_disjoint(fields[:2], [replace(fields[1], image=one_pixel)])
     with pytest.raises(ValueError, match="no labelled fields"):
         task_specific_distill([], **options(tmp_path / "run"))
 
 
-def test_hashes_follow_pixels_and_labels(fields: list[Field]) -> None:
-    other = replace(fields[0], labels=np.roll(fields[0].labels, 1))
-    assert content_hashes([fields[0]]) == content_hashes([other]) != content_hashes([fields[1]])
-    assert content_hashes([fields[0]], labels=True) != content_hashes([other], labels=True)
+def test_held_out_images_are_refused(options: Any, fields: list[Field], tmp_path: Path) -> None:
+    renamed = replace(fields[1], name="new", labels=None, image=fields[1].image.astype(np.float64))
+    short = {"n_steps": 3, "batch_size": 2}
+    for given in (
+        {"held_out": [renamed]}, {"unlabelled": [renamed], "held_out": [fields[1]]},
+        {"held_out": [fields[4]], "finetuning": {**short, "validation": [fields[4]]}},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="has the pixels of the held-out field"):
+            task_specific_distill(fields[:2], **options(tmp_path / "run", **given))
+    assert not (tmp_path / "run").exists()
 
 
-def test_a_stage_that_fails_leaves_nothing_that_is_taken_for_its_result(tmp_path: Path) -> None:
-    stages = Stages(tmp_path / "run")
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"channel": None}, r"channels \['DAPI', 'membrane'\]"), ({"channel": "CD3"}, "no channel 'CD3'"),
+        ({"patch_px": 50}, "patch_px=50"), ({"patch_px": 128}, "smaller than a patch"), ({"student": "nope"}, "nope"),
+        ({"n_synthetic": 4000}, "n_synthetic=4000 must be 0 to 3000"),
+        ({"finetuning": {"n_stepz": 3}}, r"finetuning has the option 'n_stepz': those of finetune are \['channel'"),
+        ({"distillation": {"cache": "here"}}, "distillation has the option 'cache'"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_found_before_the_teacher_works(
+    options: Any,
+    fields: list[Field],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    given: dict[str, Any],
+    message: str,
+) -> None:
+    calls = counted(monkeypatch)
+    with pytest.raises((ValueError, KeyError), match=message):
+        task_specific_distill(fields[:2], **options(tmp_path, **given))
+    one_class = replace(fields[2], labels=np.zeros_like(fields[2].labels))
+    with pytest.raises(ValueError, match=r"'nuclei2': its labels have one class only"):
+        task_specific_distill([fields[0], one_class], **options(tmp_path))
+    coarse = replace(fields[2], um_per_px=1.0)
+    with pytest.raises(ValueError, match="field 'nuclei2' has 1 um/px"):
+        task_specific_distill(fields[:2], unlabelled=[coarse], **options(tmp_path))
+    assert calls == []
+    assert not list(tmp_path.iterdir())
 
-    def save(text: str, path: Path) -> None:
-        path.mkdir()
-        (path / "a").write_text(text)
 
-    def fail(_: Path) -> str:
-        raise RuntimeError
-
-    def load(path: Path) -> str:
-        return (path / "a").read_text()
-
-    with pytest.raises(RuntimeError):
-        stages.run("one", {"x": 1}, load, save, fail)
-    with pytest.raises(ValueError, match="was made with x=1, not 2"):  # whose state may lie there
-        stages.run("one", {"x": 2}, load, save, fail)
-    assert stages.run("one", {"x": 1}, load, save, lambda _: "made") == "made"
-    assert stages.run("one", {"x": 1}, load, save, fail) == "made"
+def test_what_was_made_of_other_fields_is_not_taken(options: Any, fields: list[Field], tmp_path: Path) -> None:
+    short = {"n_steps": 3, "batch_size": 2}
+    task_specific_distill(fields[:1], **options(tmp_path, finetuning={**short, "validation": fields[4:5]}))
+    finer = [replace(fields[0], um_per_px=0.25)]
+    with pytest.raises(ValueError, match=r"tuned' was made with fields="):
+        task_specific_distill(finer, **options(tmp_path))
+    turned = replace(fields[4], labels=np.roll(fields[4].labels, 3))
+    with pytest.raises(ValueError, match=r"student' was made with validation="):
+        task_specific_distill(fields[:1], **options(tmp_path, finetuning={**short, "validation": [turned]}))
 
 
 def test_images_of_different_sizes_and_bit_depths(options: Any, fields: list[Field], tmp_path: Path) -> None:

@@ -16,9 +16,14 @@ from histoniche._settings import settings
 
 from . import metrics
 from ._distill import distill, finetune
+from ._identity import check_disjoint, fingerprints
 from ._pretrain import pretrain
 from ._segmenter import Segmenter
-from ._task_specific import TASK_TERMS, Stages, adapt_teacher, check_disjoint, content_hashes
+from ._stages import Stages
+from ._start import check_fields
+from ._task_specific import TASK_TERMS, adapt_teacher, check_options
+from .teachers import tune
+from .teachers._lora import finetune_lora
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,6 +34,8 @@ if TYPE_CHECKING:
 
 ARMS = ("scratch", "imagenet", "mae", "mocov3", "task_agnostic_kd", "ts_kd")
 """Ways to start a student before it is trained on the labels."""
+_PRETRAINING = {"n_steps": 1000, "batch_size": 8}
+"""The same for all ways, whose functions have defaults of their own."""
 _DEFAULT_ARMS = tuple(arm for arm in ARMS if arm != "imagenet")
 
 
@@ -82,7 +89,9 @@ def compare(
     tuning, adaptation
         Further arguments of :func:`~histoniche.seg.teachers.tune` and :func:`~histoniche.seg.finetune_lora`.
     pretraining, finetuning
-        Further arguments of the two trainings, the same for all ways.
+        Further arguments of the two trainings, the same for all ways: those that :func:`~histoniche.seg.distill` and
+        :func:`~histoniche.seg.pretrain` share, and ``n_views``; and those of :func:`~histoniche.seg.finetune`. By default
+        1000 steps of 8 patches each.
 
     Returns
     -------
@@ -92,8 +101,8 @@ def compare(
     Raises
     ------
     ValueError
-        No fields or test fields, an unknown way, more labels than fields, a test image among the others, a folder that
-        belongs to another comparison.
+        No fields or test fields, fields without labels of two classes, an unknown way or option, more labels than fields, a
+        test image among the others, a folder that belongs to another comparison.
     """
     fields, test = list(fields), list(test)
     unknown = [arm for arm in arms if arm not in ARMS]
@@ -103,13 +112,23 @@ def compare(
             f"of {list(ARMS)}, are needed."
         )
         raise ValueError(msg)
-    if not 1 <= min(n_labelled) <= max(n_labelled) <= len(fields):
-        msg = f"n_labelled={list(n_labelled)} must lie between 1 and the number of fields, {len(fields)}."
+    if not len(n_labelled) or not 1 <= min(n_labelled) <= max(n_labelled) <= len(fields) or not len(seeds):
+        msg = (
+            f"n_labelled={list(n_labelled)} must lie between 1 and the number of fields, {len(fields)}; seeds={list(seeds)}: at "
+            "least one is needed."
+        )
         raise ValueError(msg)
+    check_options(
+        {"tuning": (tune, tuning), "adaptation": (finetune_lora, adaptation), "finetuning": (finetune, finetuning)}
+    )
+    check_options({"pretraining": (distill, pretraining)})
+    check_options({"pretraining": (pretrain, {k: v for k, v in (pretraining or {}).items() if k != "n_views"})})
+    check_fields([*fields, *synthetic], [], [], channel, patch_px=patch_px, n_steps=1, batch_size=2)
+    check_fields([], fields, test, channel, patch_px=patch_px, n_steps=1, batch_size=2)
     check_disjoint([*fields, *synthetic], test)
     grid = _Grid(
         fields, [*(item.without_labels() for item in fields), *synthetic], test, teacher, Path(folder),
-        {"channel": channel, "patch_px": patch_px}, student, tuning, adaptation, dict(pretraining or {}),
+        {"channel": channel, "patch_px": patch_px}, student, tuning, adaptation, {**_PRETRAINING, **(pretraining or {})},
         dict(finetuning or {}),
     )  # fmt: skip
     runs = [(arm, n, seed) for seed in seeds for n in n_labelled for arm in arms]
@@ -166,7 +185,7 @@ class _Grid:
     def made_of(self) -> dict[str, Any]:
         """What every pretraining is made of."""
         return {
-            "transfer": content_hashes(self.transfer), "teacher": self.teacher.fingerprint, "student": self.student,
+            "transfer": fingerprints(self.transfer), "teacher": self.teacher.fingerprint, "student": self.student,
             **self.common, **self.pretraining,
         }  # fmt: skip
 
@@ -176,7 +195,7 @@ class _Grid:
         stages = Stages(self.folder / f"{arm}-{n_labelled}-{seed}")
         options = {**self.common, "seed": seed, **self.finetuning}
         made_of = {
-            **self.made_of, "labelled": content_hashes(labelled, labels=True), "tuning": self.tuning,
+            **self.made_of, "labelled": fingerprints(labelled), "tuning": self.tuning,
             "adaptation": self.adaptation, "finetuning": options,
         }  # fmt: skip
         trained = stages.run(
@@ -189,13 +208,15 @@ class _Grid:
         return {"arm": arm, "n_labelled": n_labelled, "seed": seed, **measured}
 
     def _measured(self, student: Segmenter, path: Path) -> dict[str, float]:
-        key = {"student": student.digest, "test": content_hashes(self.test, labels=True)}
+        key = {"student": student.digest, "test": fingerprints(self.test)}
         if path.exists():
             kept = json.loads(path.read_text(encoding="utf-8"))
             if kept["made of"] == key:
                 return dict(kept["figures"])
         figures = measure_mask(student, self.test)
-        path.write_text(json.dumps({"made of": key, "figures": figures}, indent=1), encoding="utf-8")
+        beside = path.with_suffix(".part")
+        beside.write_text(json.dumps({"made of": key, "figures": figures}, indent=1), encoding="utf-8")
+        beside.replace(path)
         return figures
 
     def _start(self, arm: str, labelled: list[Field], seed: int) -> Segmenter:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ._alignment import align
-from ._fields import STRETCH
 from ._fit import EarlyStopping, Stacks, fit
 from ._losses import DEFAULT_TERMS, DistillationLoss
-from ._segmenter import Segmenter, SegmenterConfig, check_scale
+from ._segmenter import Segmenter, SegmenterConfig
+from ._start import check_fields, check_schedule, middle, start_student
 from ._threshold import best_threshold
 from .teachers._cache import teach
 
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from ._fields import Field
     from ._fit import Alignment
     from .teachers import Teacher
-
-_LEAST_PATCH = 32
-_JUDGED_PX = 1024
 
 
 def distill(
@@ -71,7 +68,8 @@ def distill(
     labelled
         Fields whose labels are learnt besides.
     validation
-        Fields with labels on which the best step is chosen and training is stopped early. Without, the last step is taken.
+        Fields with labels on which the best step is chosen and training is stopped early (the middle of each that is wider
+        than 1024 px). Without, the last step is taken.
     student
         A name of :func:`histoniche.seg.list_students`, any timm encoder, or a student to train on.
     pretrained, weights
@@ -101,7 +99,7 @@ def distill(
         Directory in which the teacher's maps are kept, and found again.
     checkpoint
         File in which the state is kept every ``checkpoint_every`` steps, and from which an interrupted training goes on.
-        On a CPU the result is the same bit for bit.
+        On a CPU the result is the same bit for bit. The file stays: delete it when the student is saved.
     checkpoint_every
         Steps.
     seed
@@ -131,10 +129,16 @@ def distill(
     if not fields:
         msg = "distill was given no fields: the teacher has nothing to segment."
         raise ValueError(msg)
-    channels = _check(fields, labelled, validation, channel, patch_px=patch_px, n_steps=n_steps, batch_size=batch_size)
+    channels = check_fields(
+        fields, labelled, validation, channel, patch_px=patch_px, n_steps=n_steps, batch_size=batch_size
+    )
+    check_schedule(
+        lr=lr, weight_decay=weight_decay, patience=patience, checkpoint_every=checkpoint_every, seed=seed, n_views=n_views,
+        labelled_share=labelled_share,
+    )  # fmt: skip
     used = [term for term in terms if term != "supervised" or labelled]
     loss = DistillationLoss(used, uncertainty=uncertainty)
-    segmenter = _start(
+    segmenter = start_student(
         student, channels, fields[0].um_per_px, pretrained=pretrained, weights=weights, seed=seed,
         teacher={"name": teacher.name, "licence": teacher.licence},
     )  # fmt: skip
@@ -191,7 +195,8 @@ def finetune(
         Channel that the student sees, or several in the order in which it sees them; may be left out where fields have
         one.
     validation
-        Fields with labels on which the best step is chosen and training is stopped early. Without, the last step is taken.
+        Fields with labels on which the best step is chosen and training is stopped early (the middle of each that is wider
+        than 1024 px). Without, the last step is taken.
     student
         A name of :func:`histoniche.seg.list_students`, any timm encoder, or a student to train on.
     pretrained, weights
@@ -201,7 +206,8 @@ def finetune(
     patience
         Looks at the validation fields without improvement that end the training.
     checkpoint, checkpoint_every
-        File and steps of the state from which an interrupted training goes on.
+        File and steps of the state from which an interrupted training goes on. The file stays: delete it when the student is
+        saved.
     seed
         Decides all that is random.
 
@@ -224,8 +230,9 @@ def finetune(
     if not fields:
         msg = "finetune was given no fields with labels."
         raise ValueError(msg)
-    channels = _check([], fields, validation, channel, patch_px=patch_px, n_steps=n_steps, batch_size=batch_size)
-    segmenter = _start(student, channels, fields[0].um_per_px, pretrained=pretrained, weights=weights, seed=seed)
+    channels = check_fields([], fields, validation, channel, patch_px=patch_px, n_steps=n_steps, batch_size=batch_size)
+    check_schedule(lr=lr, weight_decay=weight_decay, patience=patience, checkpoint_every=checkpoint_every, seed=seed)
+    segmenter = start_student(student, channels, fields[0].um_per_px, pretrained=pretrained, weights=weights, seed=seed)
     segmenter.config.training = {
         **segmenter.config.training, "labelled fields": len(fields), "supervised steps": n_steps, "batch": batch_size,
         "patch px": patch_px, "seed": seed,
@@ -251,6 +258,7 @@ def _run(
 ) -> Segmenter:
     """Train in place, and choose the threshold on the fields to be judged by."""
     stopping = None
+    validation, judged = [[middle(item) for item in fields] for fields in (validation, judged)]
     if validation:
         every = max(1, settings["n_steps"] // 20)
         stopping = EarlyStopping(segmenter, Stacks(segmenter.config.channels, validation, []), every, patience)
@@ -258,82 +266,5 @@ def _run(
         segmenter, stacks, loss, stopping=stopping, checkpoint=None if checkpoint is None else Path(checkpoint),
         **settings,
     )  # fmt: skip
-    segmenter.config.threshold = (
-        best_threshold(segmenter, [_middle(item) for item in judged]) if judged else SegmenterConfig.threshold
-    )
+    segmenter.config.threshold = best_threshold(segmenter, judged) if judged else SegmenterConfig.threshold
     return segmenter
-
-
-def _middle(item: Field) -> Field:
-    """Middle of a field that is too large to be segmented at once."""
-    height, width = (min(length, _JUDGED_PX) for length in item.shape)
-    return item.crop((item.shape[0] - height) // 2, (item.shape[1] - width) // 2, height, width)
-
-
-def _start(
-    student: str | Segmenter,
-    channels: list[str],
-    um_per_px: float | None,
-    *,
-    pretrained: bool,
-    weights: str | Path | None,
-    seed: int,
-    teacher: dict[str, str] | None = None,
-) -> Segmenter:
-    """Make a new student, or a copy of the given one, for it is the caller's."""
-    if isinstance(student, str):
-        config = SegmenterConfig(
-            encoder=student, channels=channels, um_per_px=um_per_px, stretch=list(STRETCH), teacher=teacher or {}
-        )
-        return Segmenter(config, pretrained=pretrained, weights=weights, seed=seed)
-    if student.config.channels != channels:
-        msg = f"channel={channels}, but the student was trained on {student.config.channels}."
-        raise ValueError(msg)
-    check_scale(student.config.um_per_px, um_per_px, "the fields")
-    copied = Segmenter(SegmenterConfig(**{**vars(student.config), **({"teacher": teacher} if teacher else {})}))
-    copied.module.load_state_dict(student.module.state_dict())
-    return copied
-
-
-def _check(
-    taught: Sequence[Field],
-    labelled: Sequence[Field],
-    validation: Sequence[Field],
-    channel: str | Sequence[str] | None,
-    *,
-    patch_px: int,
-    n_steps: int,
-    batch_size: int,
-) -> list[str]:
-    """Refuse what would fail, or teach nothing, later on; return the channels."""
-    if patch_px < _LEAST_PATCH or patch_px % _LEAST_PATCH or n_steps < 1 or batch_size < 2:
-        msg = (
-            f"patch_px={patch_px} must be a multiple of {_LEAST_PATCH}, n_steps={n_steps} at least 1, "
-            f"batch_size={batch_size} at least 2."
-        )
-        raise ValueError(msg)
-    every = [*taught, *labelled, *validation]
-    if channel is None:
-        if len(every[0].channels) != 1:
-            msg = f"Fields have the channels {list(every[0].channels)}: name the student's with channel=."
-            raise ValueError(msg)
-        channel = every[0].channels[0]
-    channels = [channel] if isinstance(channel, str) else list(channel)
-    if not channels or len(set(channels)) < len(channels):
-        msg = f"channel={channels}: one channel, or several different ones, are needed."
-        raise ValueError(msg)
-    for item in every:
-        item.indices(channels)
-        if min(item.shape) < patch_px:
-            msg = f"Field {item.name!r} is {item.shape[0]} x {item.shape[1]} px, smaller than a patch: patch_px={patch_px}."
-            raise ValueError(msg)
-        if item.um_per_px != every[0].um_per_px:
-            check_scale(every[0].um_per_px, item.um_per_px, f"field {item.name!r}", most=1.1)
-    for item in [*labelled, *validation]:
-        foreground = (item.read_labels() > 0).mean()
-        if foreground in {0, 1}:
-            msg = (
-                f"Field {item.name!r}: its labels have one class only ({'no' if not foreground else 'all'} foreground)."
-            )
-            raise ValueError(msg)
-    return channels

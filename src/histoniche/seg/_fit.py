@@ -233,7 +233,7 @@ def fit(
     stopping
         Ends the training early.
     checkpoint, checkpoint_every
-        File and number of steps of the state from which an interrupted training goes on.
+        File and number of steps of the state from which an interrupted training goes on; the file stays.
     seed
         Decides patches, their augmentation, and dropout.
     description
@@ -262,6 +262,7 @@ def fit(
     if checkpoint is not None:
         settings = [repr(segmenter), segmenter.digest, loss.terms, loss.weights is not None, n_steps, batch_size]
         settings += [patch_px, labelled_share, lr, weight_decay, seed, stacks.fingerprint()]
+        settings += [] if alignment is None else [alignment.layers]
         if stopping is not None:
             settings += [stopping.every, stopping.patience, stopping.stacks.fingerprint()]
         keep = Checkpoint(checkpoint, json.dumps(settings), every=checkpoint_every, extra=stopping)
@@ -274,8 +275,6 @@ def fit(
         segmenter.module.load_state_dict(stopping.weights)
         segmenter.history["validation"] = list(stopping.history)
     segmenter.module.eval().cpu()
-    if checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)
 
 
 def _picker(stacks: Stacks, batch_size: int, labelled_share: float, seed: int) -> Any:

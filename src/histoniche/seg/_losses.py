@@ -46,7 +46,9 @@ class UncertaintyWeights(nn.Module):
 
     def forward(self, losses: Tensor) -> Tensor:
         """Total of losses (n_terms,)."""
-        s = self.bounded
+        with torch.no_grad():  # the parameter itself: a clamp in the graph has no gradient by which it would come back
+            self.log_variance.clamp_(-self.bound, self.bound)
+        s = self.log_variance
         return ((torch.exp(-s) * losses + s) / 2).sum()
 
 

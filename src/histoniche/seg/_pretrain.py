@@ -18,11 +18,11 @@ from histoniche.models._checkpoint import Checkpoint
 from histoniche.models._training import epoch_batches, train
 
 from ._augment import random_window, relit
-from ._distill import _check, _start
 from ._fit import Stacks
 from ._mae import MAE, draw_vit, need_lightly
 from ._moco import MoCo
 from ._segmenter import Segmenter, SegmenterConfig
+from ._start import check_fields, check_schedule, start_student
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -120,9 +120,16 @@ def pretrain(
     """
     fields = list(fields)
     _check_settings(fields, method, mask_ratio=mask_ratio, temperature=temperature, momentum=momentum)
-    channels = _check(fields, [], [], channel, patch_px=patch_px, n_steps=n_steps, batch_size=batch_size)
+    channels = check_fields(fields, [], [], channel, patch_px=patch_px, n_steps=n_steps, batch_size=batch_size)
+    check_schedule(
+        lr=1.0 if lr is None else lr,
+        weight_decay=weight_decay or 0.0,
+        patience=1,
+        checkpoint_every=checkpoint_every,
+        seed=seed,
+    )
     need_lightly()
-    start = _start(student, channels, fields[0].um_per_px, pretrained=pretrained, weights=weights, seed=seed)
+    start = start_student(student, channels, fields[0].um_per_px, pretrained=pretrained, weights=weights, seed=seed)
     vit = _plain_vit(start, method, patch_px)
     with isolated_rng(seed):
         if vit is not None and isinstance(student, str) and not pretrained and weights is None:
@@ -156,8 +163,6 @@ def pretrain(
     result.module.encoder.load_state_dict(start.module.encoder.cpu().state_dict())
     result.config.training = {**start.config.training, **settings}
     result.history = history
-    if path is not None:
-        path.unlink(missing_ok=True)
     return result
 
 

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from histoniche._settings import settings
 
 from ._copies import COMPARED_PX, QUANTILE, SHARE, copy_ratios, draw, is_flat, patch_grid, real_ratios, reduced
-from ._diffusion import Diffusion
+from ._diffusion import NOISE_STEPS, Diffusion
 from ._fields import Field, pixels_digest
 from ._synthetic_store import CHECKPOINT, IMAGES, MODEL, PICTURE, RECORD, Store
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 MOST_IMAGES = 3000
 _SCALE_TOLERANCE = 1.1
+_DDIM_STEPS = [n for n in range(1, NOISE_STEPS + 1) if NOISE_STEPS % n == 0]
 
 
 def synthesize(
@@ -69,7 +70,7 @@ def synthesize(
     width
         Channels of the network at each of its resolutions, multiples of 8.
     ddim_steps
-        Steps from noise to image.
+        Steps from noise to image, a divisor of the 1000 of the diffusion: others would leave noise in the images.
     model
         Instead of training: a trained model, or the directory ``model`` of another folder.
     checkpoint_every
@@ -307,9 +308,9 @@ def _check_settings(
     if not 0 <= n_images <= MOST_IMAGES:
         msg = f"n_images={n_images} must be 0 to {MOST_IMAGES}."
         raise ValueError(msg)
-    if min(n_steps, batch_size, checkpoint_every) < 1 or not 1 <= ddim_steps <= 1000 or seed < 0 or not lr > 0:
+    if min(n_steps, batch_size, checkpoint_every) < 1 or ddim_steps not in _DDIM_STEPS or seed < 0 or not lr > 0:
         msg = (
             f"n_steps={n_steps}, batch_size={batch_size} and checkpoint_every={checkpoint_every} must be at least 1, "
-            f"ddim_steps={ddim_steps} 1 to 1000, seed={seed} 0 or more, lr={lr} positive."
+            f"ddim_steps={ddim_steps} one of {_DDIM_STEPS}, seed={seed} 0 or more, lr={lr} positive."
         )
         raise ValueError(msg)

@@ -295,7 +295,8 @@ def read_drive(
     The layout is ``training/images/21_training.tif``, ``training/1st_manual/21_manual1.gif`` and
     ``training/mask/21_training_mask.gif``, the field of view; likewise ``test/images/01_test.tif``, with a second
     observer in ``test/2nd_manual/01_manual2.gif``. What lies outside the field of view is no part of the task:
-    ``Field.region`` says so, and the metrics heed it.
+    ``Field.region`` says so; :func:`~histoniche.seg.compare` and :func:`~histoniche.seg.best_threshold` measure inside it. In
+    training it is background.
 
     Parameters
     ----------

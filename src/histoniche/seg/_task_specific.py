@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from ._distill import distill, finetune
-from ._fields import pixels_digest
+from ._identity import check_disjoint, fields_in, fingerprints
 from ._segmenter import Segmenter
-from ._synthesize import synthesize
+from ._stages import Stages
+from ._start import check_fields, start_student
+from ._synthesize import MOST_IMAGES, synthesize
 from .teachers import SemanticTeacher, tune
 from .teachers._lora import finetune_lora
 
@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     from ._fields import Field
     from .teachers import PromptedTeacher
 
-T = TypeVar("T")
 Options = Mapping[str, Any]
+
+_NOT_DESCRIBED = {"checkpoint", "checkpoint_every", "cache"}
+_OURS = {"fields", "teacher", "folder", "checkpoint", "cache"}
+"""Arguments of the stages' functions that are no options."""
 
 TASK_TERMS = ("probability", "boundary", "hidden")
 """Terms of the loss of the third stage."""
@@ -54,7 +57,8 @@ def task_specific_distill(
     3. The student learns the adapted teacher's maps and hidden layers on all of these (:func:`~histoniche.seg.distill`).
     4. The student is trained on the labels (:func:`~histoniche.seg.finetune`).
 
-    Every stage leaves its result in the folder, and an interrupted one its state; the same call goes on from there.
+    Every stage leaves its result in the folder, and an interrupted one its state (but for the tuning of the decoder, which begins
+    anew); the same call goes on from there. Fields, settings and the student's name are checked before the first stage.
 
     Parameters
     ----------
@@ -67,7 +71,8 @@ def task_specific_distill(
     unlabelled
         More fields of the task; their labels are not read.
     held_out
-        Fields that will be measured on. None of their images may be among the others.
+        Fields that will be measured on. None of their images may be among the others, or among those of the options. A part
+        of such an image is not recognised: split by image or region before cutting patches.
     channel
         Channel that the student sees, or several; may be left out where fields have one.
     student
@@ -101,12 +106,27 @@ def task_specific_distill(
     if not labelled:
         msg = "task_specific_distill was given no labelled fields."
         raise ValueError(msg)
-    check_disjoint([*labelled, *unlabelled], held_out)
+    check_options({
+        "tuning": (tune, tuning), "adaptation": (finetune_lora, adaptation), "synthesis": (synthesize, synthesis),
+        "distillation": (distill, distillation), "finetuning": (finetune, finetuning),
+    })  # fmt: skip
+    if not 0 <= n_synthetic <= MOST_IMAGES:
+        msg = f"n_synthetic={n_synthetic} must be 0 to {MOST_IMAGES}."
+        raise ValueError(msg)
+    among_options = [item for options in (distillation, finetuning) for item in fields_in(options or {})]
+    check_disjoint([*labelled, *unlabelled, *among_options], held_out)
+    images = [item.without_labels() for item in [*labelled, *unlabelled]]
+    channels = check_fields(images, labelled, [], channel, patch_px=patch_px, n_steps=1, batch_size=2)
     stages = Stages(Path(folder))
+    if not (stages.folder / "distilled").exists():
+        options = {"student": student, "pretrained": pretrained, "weights": None, **(distillation or {})}
+        chosen = {name: options[name] for name in ("student", "pretrained", "weights")}
+        start_student(
+            channels=channels, um_per_px=images[0].um_per_px, seed=seed, **chosen
+        )  # what cannot be had, at once
     adapted = adapt_teacher(
         labelled, teacher, stages, tuning=tuning, adaptation=adaptation, patch_px=patch_px, seed=seed
     )
-    images = [item.without_labels() for item in [*labelled, *unlabelled]]
     synthetic = (
         synthesize(
             images, folder=stages.folder / "synthetic", **{
@@ -120,13 +140,13 @@ def task_specific_distill(
     common = {"channel": channel, "patch_px": patch_px, "seed": seed}
     options = {**common, "student": student, "pretrained": pretrained, "terms": TASK_TERMS, **(distillation or {})}
     transfer = [*images, *synthetic]
-    described = {"teacher": adapted.fingerprint, "fields": content_hashes(transfer), **_described(options)}
+    described = {"teacher": adapted.fingerprint, "fields": fingerprints(transfer), **_described(options)}
     distilled = stages.run(
         "distilled", described, Segmenter.load, Segmenter.save,
         lambda state: distill(transfer, teacher=adapted, cache=stages.folder / "outputs", checkpoint=state, **options),
     )  # fmt: skip
     options = {**common, **(finetuning or {})}
-    described = {"student": distilled.digest, "fields": content_hashes(labelled, labels=True), **_described(options)}
+    described = {"student": distilled.digest, "fields": fingerprints(labelled), **_described(options)}
     return stages.run(
         "student", described, Segmenter.load, Segmenter.save,
         lambda state: finetune(labelled, student=distilled, checkpoint=state, **options),
@@ -144,7 +164,7 @@ def adapt_teacher(
     seed: int,
 ) -> SemanticTeacher:
     """First stage: a decoder over the frozen encoder, which costs little, then both together."""
-    fields = {"teacher": teacher.fingerprint, "fields": content_hashes(labelled, labels=True)}
+    fields = {"teacher": teacher.fingerprint, "fields": fingerprints(labelled)}
     options = {"patch_px": patch_px, "seed": seed, **(tuning or {})}
     tuned = stages.run(
         "tuned", {**fields, **_described(options)}, lambda path: SemanticTeacher.load(path, teacher=teacher),
@@ -160,103 +180,29 @@ def adapt_teacher(
     )  # fmt: skip
 
 
-class Stages:
-    """A folder with the results of stages, each beside a record of what it was made of.
+def check_options(given: Mapping[str, tuple[Callable[..., Any], Options | None]]) -> None:
+    """Refuse options that their function does not have, or that are not the caller's to set.
 
     Parameters
     ----------
-    folder
-        The folder, made where it is missing.
+    given
+        By the name of the argument, the function and its options.
     """
-
-    def __init__(self, folder: Path) -> None:
-        if folder.exists() and not folder.is_dir():
-            msg = f"folder={str(folder)!r} is a file; a folder is needed."
-            raise NotADirectoryError(msg)
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def run(
-        self,
-        name: str,
-        made_of: Options,
-        load: Callable[[Path], T],
-        save: Callable[[T, Path], None],
-        make: Callable[[Path], T],
-    ) -> T:
-        """Take a stage's result from the folder, or make it and put it there.
-
-        Parameters
-        ----------
-        name
-            Name of the stage and its directory.
-        made_of
-            Inputs and settings, which JSON can hold; a result made of others is refused.
-        load, save
-            Read it from a directory, and write it to one.
-        make
-            Makes it; takes the file for its state while it is made.
-        """
-        path, record = self.folder / name, self.folder / f"{name}.json"
-        wanted = json.loads(json.dumps(dict(made_of), default=str))
-        if record.exists():
-            found = json.loads(record.read_text(encoding="utf-8"))
-            differs = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
-            if differs:
-                key = differs[0]
-                msg = (
-                    f"{str(path)!r} was made with {key}={_short(found.get(key))}, not {_short(wanted.get(key))}: choose "
-                    "another folder, or delete this stage and those that follow it."
-                )
-                raise ValueError(msg)
-            if path.exists():
-                return load(path)
-        beside = record.with_suffix(".part")
-        beside.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
-        beside.replace(record)  # before the work, so that a state left by other settings is named, not met
-        result = make(self.folder / f"{name}.state")
-        save(result, path)
-        return result
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) < 60 else f"{text[:57]}..."
+    for argument, (function, options) in given.items():
+        known = [name for name in inspect.signature(function).parameters if name not in _OURS]
+        unknown = [name for name in options or {} if name not in known]
+        if unknown:
+            msg = f"{argument} has the option {unknown[0]!r}: those of {function.__name__} are {known}."
+            raise ValueError(msg)
 
 
 def _described(options: Options) -> dict[str, Any]:
-    """Options that JSON can hold: students and weights by what identifies them."""
-    return {
-        name: value.digest if isinstance(value, Segmenter) else [item.name for item in value] if name == "validation" else value
-        for name, value in options.items()
-        if name not in {"checkpoint", "checkpoint_every", "cache"}
-    }  # fmt: skip
+    """Options that JSON can hold: students and weights by what identifies them, fields by what they hold."""
 
+    def text(value: Any) -> Any:
+        if isinstance(value, Segmenter):
+            return value.digest
+        fields = fields_in({"": value})
+        return fingerprints(fields) if fields else value
 
-def content_hashes(fields: Sequence[Field], *, labels: bool = False) -> list[str]:
-    """Hash of each field's pixels, whatever its name and type: 16 hexadecimal digits of a SHA-256.
-
-    Parameters
-    ----------
-    fields
-        Fields.
-    labels
-        Whether the labels count too, by 16 digits more.
-    """
-    return [
-        pixels_digest(np.asarray(item.image, dtype=np.float32))[:16]
-        + (pixels_digest(item.read_labels())[:16] if labels else "")
-        for item in fields
-    ]
-
-
-def check_disjoint(fields: Sequence[Field], held_out: Sequence[Field]) -> None:
-    """Refuse fields whose pixels are those of a held-out one, whatever their names."""
-    forbidden = dict(zip(content_hashes(held_out), held_out, strict=True))
-    for item, sha in zip(fields, content_hashes(fields) if forbidden else [], strict=bool(forbidden)):
-        if sha in forbidden:
-            msg = (
-                f"Field {item.name!r} has the pixels of the held-out field {forbidden[sha].name!r}: leave it out, or what is "
-                "measured is no evidence."
-            )
-            raise ValueError(msg)
+    return {name: text(value) for name, value in options.items() if name not in _NOT_DESCRIBED}

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from histoniche.seg._fields import Field
 from histoniche.seg.teachers import CallableTeacher, Output, Prompts, teach
-from histoniche.seg.teachers._cache import output_key
+from histoniche.seg.teachers._cache import output_key, teach_hidden
 
 
 class Counting:
@@ -65,6 +65,29 @@ class Undeclared:
 
 
 # -------------------------------------------------------------------------------------------------------------- values
+def test_what_does_not_lie_in_order_is_read_as_it_was(tmp_path: Path) -> None:
+    class Turned:
+        """Maps and hidden features whose memory runs another way, as that of channels-last tensors does."""
+
+        name, licence, fingerprint, channels = "turned", "none", "turned 1", ("dapi",)
+
+        def __call__(self, item: Field, *, features: bool = False) -> Output:
+            maps = np.moveaxis(np.random.default_rng(0).random((*item.shape, 2), dtype=np.float32), -1, 0)
+            hidden = np.random.default_rng(1).random((4, 4, 3), dtype=np.float32).transpose(2, 0, 1)
+            return Output(maps, {"block0": hidden} if features else {})
+
+        def hidden(self, item: Field) -> dict[str, np.ndarray]:
+            return self(item, features=True).features
+
+    fields, layers = make_fields(1), {"block0": (4, 4)}
+    fresh = teach(fields, teacher=Turned())[0]
+    for _ in range(2):
+        np.testing.assert_array_equal(teach(fields, teacher=Turned(), cache=tmp_path)[0], fresh)
+        (found,) = teach_hidden(fields, teacher=Turned(), layers=layers, cache=tmp_path)
+        np.testing.assert_array_equal(found["maps"], fresh)
+        np.testing.assert_allclose(found["block0"], Turned().hidden(fields[0])["block0"], atol=1e-3)
+
+
 def test_once_a_field_in_order_and_the_same_from_disk(tmp_path: Path) -> None:
     fields, function = make_fields(), Counting()
     teacher = teacher_of(function)

@@ -37,6 +37,12 @@ def dice(a: np.ndarray, b: np.ndarray) -> float:
     return 2 * np.sum(a & b) / (np.sum(a) + np.sum(b))
 
 
+def test_building_leaves_the_global_generator_alone() -> None:
+    state = torch.get_rng_state()
+    build_litemedsam()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_boxes_find_the_discs(teacher: LiteMedSAM, item: Field) -> None:
     output = teacher(item, features=True)
     truth = item.read_labels()

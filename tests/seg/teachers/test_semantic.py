@@ -136,5 +136,7 @@ def test_bad_input() -> None:
         tune([blobs(0)], teacher=Tiny(), n_views=0)
     with pytest.raises(ValueError, match="has no labels"):
         tune([replace(blobs(0), labels=None)], teacher=Tiny(), n_steps=1)
+    with pytest.raises(ValueError, match=r"one class only \(no foreground\)"):
+        tune([replace(blobs(0), labels=np.zeros_like(blobs(0).labels))], teacher=Tiny(), n_steps=1)
     with pytest.raises(KeyError, match="no channel 'CD45'"):
         tune([blobs(0)], teacher=Tiny(("CD45",)), n_steps=1)

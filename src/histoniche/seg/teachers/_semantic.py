@@ -220,7 +220,8 @@ class SemanticTeacher:
 
             teacher, adapter = load_adapter(path / "adapter", teacher)
         try:
-            decoder = make_decoder(str(config.get("kind")), teacher, weights)
+            with isolated_rng(0):  # new layers are drawn before they are filled
+                decoder = make_decoder(str(config.get("kind")), teacher, weights)
         except (KeyError, RuntimeError) as error:
             msg = f"Model directory {str(path)!r} is damaged: its decoder does not fit ({error})."
             raise ValueError(msg) from error
@@ -287,7 +288,7 @@ def tune(
     KeyError
         A field without one of the channels.
     ValueError
-        No fields, or fields without labels; settings out of range.
+        No fields, or fields without labels or with labels of one class; settings out of range.
     """
     fields = list(fields)
     if not fields or min(n_steps, batch_size, n_views, patch_px) < 1:
@@ -318,12 +319,22 @@ def tune(
     return SemanticTeacher(teacher, decoder)
 
 
+def two_classes(item: Field) -> np.ndarray:
+    """Labels of a field, (y, x) int32, some of them foreground and some not."""
+    labels = item.read_labels()
+    share = (labels > 0).mean()
+    if share in {0, 1}:
+        msg = f"Field {item.name!r}: its labels have one class only ({'no' if not share else 'all'} foreground)."
+        raise ValueError(msg)
+    return labels
+
+
 def _views(fields: Sequence[Field], teacher: PromptedTeacher, n_views: int, patch_px: int, seed: int) -> _Batch:
     """Embeddings (n, d, h, w) and images beside them (n, 3, 2h, 2w) float16, maps (n, 2, y, x) float32 of augmented patches."""
     n = len(teacher.named)
     embeddings, images, maps = [], [], []
     for row, item in enumerate(tqdm(fields, desc=f"embed for {teacher.name}", disable=not settings.progress)):
-        stack = np.concatenate([item.read(teacher.named), maps_of_labels(item.read_labels())])
+        stack = np.concatenate([item.read(teacher.named), maps_of_labels(two_classes(item))])
         for view in range(n_views):
             patch = training_patch(stack, n, patch_px, np.random.default_rng([seed, 4, row, view])).numpy()
             embedding, _ = teacher.embed(patch[:n])
