@@ -15,6 +15,9 @@ from histoniche.seg.teachers import LiteMedSAM, Output, Prompts, SemanticTeacher
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import dask.array as da
+    from xarray import DataTree
+
     from histoniche.seg import Field
     from histoniche.seg.teachers import Teacher
 
@@ -89,6 +92,8 @@ def pancreas(data: Path, folder: Path) -> Split:
     (whole,) = seg.fields_from_sdata(sdata, image_key="morphology")
     um = whole.um_per_px or 1.0
     names = dict(zip(whole.channels, (*STAINS, "alphaSMA/vimentin"), strict=True))
+    # The figures were made with the contrast of a coarse scale, not with that of the full resolution.
+    limits = replace(whole, image=coarse_scale(sdata["morphology"]), limits=None).stretch_limits()
 
     def take(part: str, n: int, width: int, seed: int) -> list[Field]:
         """Squares around cells drawn at random from a part, the whole square inside it."""
@@ -100,7 +105,7 @@ def pancreas(data: Path, folder: Path) -> Split:
         regions = [(x * um, y * um, (x + width) * um, (y + width) * um) for x, y in corners]
         found = seg.fields_from_sdata(sdata, image_key="morphology", shapes_key="cell_boundaries", regions=regions)
         return [
-            replace(item, image=np.asarray(item.image), channels=tuple(names[c] for c in item.channels))
+            replace(item, image=np.asarray(item.image), channels=tuple(names[c] for c in item.channels), limits=limits)
             for item in found
         ]
 
@@ -116,6 +121,12 @@ def pancreas(data: Path, folder: Path) -> Split:
         teacher,
         {"boxes, not tuned": untuned},
     )
+
+
+def coarse_scale(tree: DataTree) -> da.Array:
+    """Coarsest scale (c, y, x) of an image with at least 250,000 pixels."""
+    scales = [next(iter(tree[name].ds.values())).data for name in tree.children]
+    return next(scale for scale in reversed(scales) if scale[0].size >= 250_000)
 
 
 def teacher_maps(teacher: Teacher, item: Field) -> np.ndarray:

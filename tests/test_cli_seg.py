@@ -275,6 +275,42 @@ def test_predict_overwrites_nothing_and_leaves_no_half_file(
     assert "no axis is that of the 3 channel" in capsys.readouterr().err
 
 
+def test_predict_that_fails_leaves_nothing_and_then_works(tmp_path: Path, model: Path, capsys) -> None:
+    for name in "ab":
+        save(tmp_path / f"set/{name}.png", picture(ord(name), 64, 64, 3))
+    save(tmp_path / "set/c.png", np.full((64, 64, 3), 9, dtype=np.uint8))
+    out = tmp_path / "found"
+    command = ["seg", "predict", str(model), str(tmp_path / "set"), str(out)]
+    assert cli.main(command) == 2
+    assert "'c': channel 'red' is constant" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["set"]
+    (tmp_path / "set/c.png").unlink()
+    assert cli.main(command) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["a.tif", "b.tif"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["found", "set"]
+
+
+def test_predict_looks_at_the_scale_of_all_images_first(
+    task: Path, tmp_path: Path, model: Path, capsys, monkeypatch
+) -> None:
+    def predicted(*args: Any) -> np.ndarray:
+        raise AssertionError
+
+    monkeypatch.setattr(_cli_seg, "_maps", predicted)
+    command = ["seg", "predict", str(model), str(task), str(tmp_path / "found"), "--um-per-px", "0.5"]
+    assert cli.main(command) == 2
+    assert "image 'a' has um/px 0.5, the student was trained at None" in capsys.readouterr().err
+    assert not (tmp_path / "found").exists()
+
+
+def test_predict_into_the_folder_where_one_is(tmp_path: Path, model: Path, monkeypatch) -> None:
+    save(tmp_path / "set/a.png", picture(1, 64, 64, 3))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert cli.main(["seg", "predict", str(model), str(tmp_path / "set"), "."]) == 0
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["a.tif"]
+
+
 def test_numbers_of_objects_that_need_32_bits(tmp_path: Path) -> None:
     labels = np.arange(300 * 300, dtype=np.int32).reshape(300, 300)
     _cli_seg._write_labels(labels, tmp_path / "a.tif")

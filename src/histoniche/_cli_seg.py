@@ -5,12 +5,14 @@ Thin over :mod:`histoniche.seg`, as the other commands are over the rest.
 
 from __future__ import annotations
 
+import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import numpy as np
     import pandas as pd
@@ -256,18 +258,35 @@ def _predict(args: argparse.Namespace) -> None:
 
     import histoniche as hn
 
+    from .seg._segmenter import check_scale
+
     model = hn.seg.Segmenter.load(args.model)
-    names = model.config.channels
-    fields = _read(args.images, names, args.um_per_px, labels=None)
-    args.output.mkdir(exist_ok=True)
+    fields = _read(args.images, model.config.channels, args.um_per_px, labels=None)
+    for item in fields:
+        check_scale(model.config.um_per_px, item.um_per_px, f"image {item.name!r}")
     n_objects = 0
-    for item in tqdm(fields, "predict", disable=not hn.settings.progress):
-        maps = _maps(model, item)
-        labels = maps[0] > model.config.threshold if args.mask else model.instances(maps)
-        n_objects += 0 if args.mask else int(labels.max())
-        _write_labels(labels, args.output / f"{item.name}.tif")
+    with _whole_folder(args.output) as folder:
+        for item in tqdm(fields, "predict", disable=not hn.settings.progress):
+            maps = _maps(model, item)
+            labels = maps[0] > model.config.threshold if args.mask else model.instances(maps)
+            n_objects += 0 if args.mask else int(labels.max())
+            _write_labels(labels, folder / f"{item.name}.tif")
     what = "masks" if args.mask else f"label images with {n_objects} objects"
     print(f"wrote {len(fields)} {what} to {args.output}")
+
+
+@contextmanager
+def _whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to write to, of which nothing is left after an error; what it holds becomes that of the path."""
+    with tempfile.TemporaryDirectory(dir=path.resolve().parent, prefix=f".{path.resolve().name}-") as folder:
+        made = Path(folder) / "made"
+        made.mkdir()
+        yield made
+        if not path.exists():
+            made.rename(path)
+            return
+        for file in made.iterdir():
+            file.rename(path / file.name)
 
 
 def _maps(model: Segmenter, item: Field) -> np.ndarray:

@@ -57,7 +57,10 @@ def test_stretch_clips_and_survives_equal_limits():
     pixels = np.array([[[-5.0, 0, 5, 10, 20]]])
     assert np.allclose(stretch(pixels, np.array([[0, 10]])), [[[0, 0, 0.5, 1, 1]]])
     assert np.isfinite(stretch(pixels, np.array([[5, 5]]))).all()
-    assert np.allclose(percentile_limits(np.arange(1001)), [10, 998])
+    limits = percentile_limits(np.arange(2002).reshape(2, 7, 143))
+    assert np.allclose(limits, [[10, 998], [1011, 1999]])
+    assert limits.dtype == np.float32
+    assert np.allclose(percentile_limits(np.arange(1001).reshape(1, 7, 143), [5, 50]), [[50, 500]])
 
 
 def test_limits_of_large_images_come_from_a_grid_of_pixels():
@@ -66,6 +69,18 @@ def test_limits_of_large_images_come_from_a_grid_of_pixels():
     limits = field.stretch_limits()
     assert np.allclose(limits[0], np.percentile(plane, STRETCH), atol=2)
     assert np.allclose(limits[1], 3 * limits[0])
+
+
+def test_limits_of_a_lazy_image_are_read_once():
+    def read(block):
+        reads.append(block.shape)
+        return block
+
+    reads = []
+    pixels = make().image
+    lazy = da.from_array(pixels, chunks=(2, 20, 25)).map_blocks(read, meta=np.empty((0, 0, 0)))
+    assert np.array_equal(make(image=lazy).stretch_limits(), make().stretch_limits())
+    assert reads == [(2, 20, 25)] * 4, "channels share chunks"
 
 
 @pytest.mark.parametrize("value", [0, 255])
@@ -83,6 +98,22 @@ def test_values_that_are_not_finite_are_an_error():
     pixels[0, 3, 4] = np.nan
     with pytest.raises(ValueError, match="'DNA' has values that are not finite"):
         make(image=pixels, limits=np.array([[0, 1], [0, 1]])).read(["DNA"])
+    field = make(image=pixels)
+    for found in (field, field.crop(10, 10, 20, 20)):
+        with pytest.raises(ValueError, match="channel 'DNA' has values that are not finite"):
+            found.read(["DNA"])
+    with pytest.raises(ValueError, match=r"not finite elsewhere .* nan and nan.*give Field\(limits=\.\.\.\)"):
+        field.crop(10, 10, 20, 20).read(["DNA"])
+    assert np.isfinite(field.crop(10, 10, 20, 20).read(["membrane"])).all()
+
+
+def test_a_sparse_channel_is_not_called_empty():
+    pixels = np.zeros((1, 200, 200), dtype=np.uint16)
+    pixels[0, 100:105, 100:105] = 500
+    message = r"channel 'DNA' has the same value in more than 98.8 % .*both 0\).*Crop .*tissue, or give Field\(limits="
+    with pytest.raises(ValueError, match=message):
+        Field("a", pixels, ("DNA",)).read(["DNA"])
+    assert Field("a", pixels, ("DNA",), limits=np.array([[0, 500]])).read(["DNA"]).sum() == 25
 
 
 def test_unknown_channel_and_missing_labels():
@@ -92,8 +123,20 @@ def test_unknown_channel_and_missing_labels():
     bare = field.without_labels()
     assert bare.labels is None
     assert field.labels is not None, "the field itself is left as it was"
-    with pytest.raises(ValueError, match="'a' has no labels"):
+    with pytest.raises(ValueError, match=r"'a' has no labels: give Field\(labels=\.\.\.\)"):
         bare.read_labels()
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(-1, np.int64), (2**31, np.int64), (2**32, np.uint64), (-5, np.int16)])
+def test_labels_that_would_become_other_numbers_are_an_error(value, dtype):
+    labels = np.zeros((40, 50), dtype=dtype)
+    labels[3, 4] = value
+    edges = rf"from {min(value, 0)} to {max(value, 0)}; 0 to 2147483647 is needed: relabel"
+    for given in (labels, da.from_array(labels)):
+        with pytest.raises(ValueError, match=f"Field 'a': the label image has numbers {edges}"):
+            make(labels=given).read_labels()
+    labels[3, 4] = 5
+    assert make(labels=labels).read_labels().dtype == np.int32
 
 
 def test_crop_is_a_window_of_the_whole_with_its_limits():

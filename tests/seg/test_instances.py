@@ -102,6 +102,20 @@ def test_labels_have_no_gaps_and_lie_in_the_foreground(seed: int) -> None:
     assert np.bincount(found.ravel())[1:].min() >= 10
 
 
+def test_a_thin_piece_that_touches_an_object_at_a_corner_is_found() -> None:
+    labels = np.zeros((60, 60), dtype=np.int32)
+    labels[5:25, 5:25] = labels[25:50, 25:27] = 1  # 400 px, and 50 too thin to have an inside
+    found = instances(maps_of_labels(labels))
+    np.testing.assert_array_equal(found > 0, labels > 0)
+    assert sorted(np.bincount(found.ravel())[1:]) == [50, 400]
+
+
+def test_a_thin_diagonal_line_is_one_object() -> None:
+    labels = np.zeros((60, 60), dtype=np.int32)
+    labels[np.arange(10, 50), np.arange(10, 50)] = 1
+    np.testing.assert_array_equal(instances(maps_of_labels(labels)), labels)
+
+
 def test_min_area_is_the_least_that_stays() -> None:
     labels = np.zeros((30, 30), dtype=np.int32)
     labels[3:8, 3:8], labels[15:24, 15:24] = 1, 2  # 25 and 81 px

@@ -59,6 +59,23 @@ def test_outlines_of_any_shape_are_simple_and_hold_the_pixels() -> None:
         assert shapely.contains_xy(polygon, columns + 0.5, rows + 0.5).all()
 
 
+def test_parts_that_touch_at_a_corner_are_one_outline() -> None:
+    labels = np.zeros((40, 100), dtype=np.int32)
+    labels[5:15, 5:15] = labels[15:25, 15:25] = 1
+    labels[np.arange(5, 35), np.arange(50, 80)] = 2
+    table, polygons = measure(labels, labels)
+    assert table["area"].tolist() == [200, 30]
+    assert [polygon.is_valid for polygon in polygons] == [True, True]
+    assert polygons[0].bounds == (5, 5, 25, 25)
+    assert polygons[0].area == 200 - 6 / 8 + 2 / 8  # six corners are cut, at the seventh and eighth two are filled
+    # Of squares whole at the corners the hull has 300 px; cut, it is narrower by half a diagonal of a pixel on two sides.
+    assert table["solidity"].iloc[0] == pytest.approx(199.5 / 289.5)
+    assert polygons[1].bounds == (50, 5, 80, 35)
+    y, x = np.nonzero(labels == 2)
+    assert shapely.contains_xy(polygons[1], x + 0.5, y + 0.5).all()
+    assert table["solidity"].iloc[1] > 0.9
+
+
 def test_one_pixel() -> None:
     labels = np.zeros((3, 3), dtype=np.int32)
     labels[0, 2] = 1

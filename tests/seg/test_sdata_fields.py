@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import shapely
 from spatialdata import SpatialData
-from spatialdata.models import Image2DModel, Labels2DModel, ShapesModel
+from spatialdata.models import Image2DModel, Image3DModel, Labels2DModel, ShapesModel
 from spatialdata.transformations import Affine, Identity, Scale, Sequence, Translation
 
 from histoniche.io import attach_image
-from histoniche.seg._fields import STRETCH
+from histoniche.seg._fields import STRETCH, Field
 from histoniche.seg._sdata_fields import fields_from_sdata
 
 CHANNELS = ["DAPI", "boundary", "18S"]
@@ -110,14 +110,25 @@ def test_regions_of_a_turned_image():
     assert np.array_equal(field.image.compute(), PIXELS[:, 36:56, 10:50])
 
 
-def test_limits_come_from_the_coarsest_scale_that_is_large_enough():
+def test_a_pyramid_changes_neither_limits_nor_fields():
     pixels = np.random.default_rng(0).integers(0, 1000, (1, 1200, 1400)).astype(np.uint16)
     sdata = make(pixels=pixels, scale_factors=[2, 2, 2])
     half = sdata.images["morphology"]["scale1"]["image"].to_numpy()
     assert half.shape == (1, 600, 700)
     (field,) = fields_from_sdata(sdata, regions=[(12, 22, 20, 30)])
-    assert np.allclose(field.limits[0], np.percentile(half[0], STRETCH))
-    assert not np.allclose(field.limits[0], np.percentile(pixels[0], STRETCH), rtol=0.05), "scales differ"
+    (flat,) = fields_from_sdata(make(pixels=pixels), regions=[(12, 22, 20, 30)])
+    assert np.array_equal(field.limits, Field("array", pixels, ("DAPI",)).stretch_limits())
+    assert np.array_equal(field.limits, flat.limits)
+    assert np.array_equal(field.read(["DAPI"]), flat.read(["DAPI"]))
+    assert not np.allclose(field.limits[0], np.percentile(half[0], STRETCH), rtol=0.05), "scales differ"
+
+
+def test_a_volume_is_refused():
+    volume = Image3DModel.parse(
+        np.zeros((1, 3, 60, 80)), dims=("c", "z", "y", "x"), transformations={"um": Scale([0.5, 0.5], axes=("x", "y"))}
+    )
+    with pytest.raises(ValueError, match=r"images\['volume'\] has the axes \('c', 'z', 'y', 'x'\).*one plane of it"):
+        fields_from_sdata(SpatialData.init_from_elements({"volume": volume}))
 
 
 def test_reads_only_the_region():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ import pytest
 import shapely
 from skimage.measure import regionprops
 from spatialdata import SpatialData
-from spatialdata.models import Image2DModel
+from spatialdata.models import Image2DModel, Image3DModel
 from spatialdata.transformations import Affine, Identity, Scale, get_transformation
 
 import histoniche as hn
 from histoniche._keys import UM
-from histoniche.seg import Segmenter, SegmenterConfig, as_callable, segment
+from histoniche.seg import Field, Segmenter, SegmenterConfig, as_callable, segment
 from histoniche.seg import _segment as module
 from histoniche.seg._segmenter import check_scale
 from histoniche.seg._targets import maps_of_labels
@@ -283,6 +284,27 @@ def test_unknown_resolution_must_be_named() -> None:
         run(scene(truth), Threshold(0.5), um_per_px=0.3)
 
 
+# ------------------------------------------------------------------------------------------------------------ limits
+def test_a_pyramid_changes_neither_limits_nor_labels(student: Threshold) -> None:
+    truth = discs((1024, 1100))[0]
+    pixels = np.random.default_rng(0).normal(100, 30, truth.shape) + (truth > 0) * (np.arange(1100) / 2)
+    found = []
+    for factors in (None, [2]):
+        sdata = scene(truth, scale_factors=factors)
+        image = Image2DModel.parse(
+            np.stack([pixels, pixels]), dims=("c", "y", "x"), c_coords=["18S", "DAPI"], scale_factors=factors,
+            transformations={UM: Scale([0.5, 0.5], axes=("x", "y"))},
+        )  # fmt: skip
+        sdata["morphology"] = image
+        out = run(sdata, student)
+        found.append(
+            (out["cells_table"].uns["histoniche"]["segment"]["params"]["limits"], np.asarray(out["cells_labels"]))
+        )
+    np.testing.assert_array_equal(found[0][0], found[1][0])
+    np.testing.assert_array_equal(found[0][1], found[1][1])
+    np.testing.assert_array_equal(found[0][0], Field("array", pixels[None], ("DAPI",)).stretch_limits())
+
+
 # -------------------------------------------------------------------------------------------------------- bad input
 def unchanged(sdata: SpatialData) -> bool:
     return [name for _, name, _ in sdata.gen_elements()] == ["morphology"]
@@ -376,6 +398,76 @@ def test_image_without_um(student: Threshold) -> None:
     sdata["morphology"].attrs["transform"] = {"global": Identity()}
     with pytest.raises(ValueError, match="um/px is unknown"):
         segment(sdata, student)
+
+
+def test_a_volume_is_refused(student: Threshold) -> None:
+    volume = Image3DModel.parse(
+        np.zeros((1, 3, 50, 50), np.uint8), dims=("c", "z", "y", "x"), c_coords=["DAPI"],
+        transformations={UM: Scale([0.5, 0.5], axes=("x", "y"))},
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"images\['volume'\] has the axes \('c', 'z', 'y', 'x'\).*projection"):
+        segment(SpatialData(images={"volume": volume}), student)
+
+
+def test_a_sparse_channel_is_not_called_empty(student: Threshold) -> None:
+    truth = np.zeros((400, 400), dtype=np.int32)
+    truth[100:110, 100:110] = 1
+    with pytest.raises(
+        ValueError, match=r"'DAPI' of .* same value in more than 98.8 % .* both 100\).*Crop the image to the"
+    ):
+        segment(scene(truth), student)
+
+
+# ---------------------------------------------------------------------------------------------------- all or nothing
+@pytest.mark.parametrize("key", ["my cells", "a/b", "", ".", "..", "__x", "_", 3.5j])
+def test_bad_names_are_refused_before_any_work(
+    student: Threshold, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    sdata = scene(discs()[0])
+    monkeypatch.setattr(module, "tiled_maps", None)
+    with pytest.raises(
+        ValueError, match=rf"key_added={re.escape(repr(key))} makes .*spatialdata refuses .*: use letters"
+    ):
+        segment(sdata, student, key_added=key, store=tmp_path / "labels.zarr")
+    assert unchanged(sdata)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["Cells", "CELLS_table", "cells_Labels"])
+def test_names_that_differ_in_case_alone_are_taken(student: Threshold, name: str) -> None:
+    sdata = scene(discs()[0])
+    sdata[name] = sdata["morphology"]
+    with pytest.raises(ValueError, match=rf"already has an element '{name}' \(key_added='cells' makes .*case does not"):
+        segment(sdata, student)
+    assert len(list(sdata.gen_elements())) == 2
+
+
+@pytest.mark.parametrize("copy", [False, True])
+@pytest.mark.parametrize("where", ["_table", "Labels2DModel", "SpatialData"])
+def test_an_error_at_the_end_leaves_nothing(
+    student: Threshold, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, copy: bool
+) -> None:
+    sdata = scene(discs()[0])
+
+    def fails(*_: Any, **__: Any) -> None:
+        msg = "no memory"
+        raise MemoryError(msg)
+
+    with monkeypatch.context() as patched:
+        if where == "_table":
+            patched.setattr(module, "_table", fails)
+        elif where == "Labels2DModel":
+            patched.setattr(module.Labels2DModel, "parse", fails)
+        else:
+            patched.setattr(SpatialData, "init_from_elements", fails)
+            patched.setattr(type(sdata.tables), "__setitem__", fails)  # labels and shapes are in by then
+        with pytest.raises(MemoryError):
+            segment(sdata, student, store=tmp_path / "new" / "er" / "labels.zarr", copy=copy)
+    assert unchanged(sdata)
+    assert not list(tmp_path.iterdir())
+    segment(sdata, student, store=tmp_path / "new" / "er" / "labels.zarr")
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+    assert sdata["cells_labels"].data.max().compute() == sdata["cells_table"].n_obs
 
 
 # ---------------------------------------------------------------------------------------------------------- callable

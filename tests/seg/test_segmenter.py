@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,59 @@ def test_other_encoder_missing_field_and_wrong_class(student: Segmenter, tmp_pat
     file.write_text(json.dumps({name: value for name, value in config.items() if name != "stretch"}))
     with pytest.raises(ValueError, match=r"does not fit its weights .*stretch"):
         Segmenter.load(tmp_path / "model")
+
+
+WRONG = [
+    ("encoder", 3, "a name"), ("encoder", "", "a name"), ("channels", [1], "a list of one name or more"),
+    ("channels", [], "a list of one name"), ("channels", ["a", "a"], "each once"), ("channels", "DAPI", "a list of one name"),
+    ("um_per_px", -1, "positive, or None"), ("um_per_px", "x", "positive"), ("um_per_px", float("inf"), "positive"),
+    ("stretch", [99, 1], "two percentiles that rise"), ("stretch", None, "two percentiles"), ("stretch", [1, 101], "0 to 100"),
+    ("decoder_channels", [8.5] * 5, "whole numbers"), ("decoder_channels", [0] * 5, "from 1"),
+    ("outputs", ["boundary", "foreground"], r"\['foreground', 'boundary'\] is needed"), ("threshold", 7, "from 0 to 1"),
+    ("threshold", "abc", "a number from 0 to 1"), ("threshold", float("nan"), "from 0 to 1"), ("threshold", True, "a number"),
+    ("min_depth", -1, "a number from 0"), ("smoothing", None, "a number from 0"), ("min_area", 1.5, "a whole number"),
+    ("min_area", -1, "from 0"), ("teacher", {"name": "SAM"}, "'licence' among them"), ("teacher", "SAM", "a dict of texts"),
+    ("training", [], "a dict"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value", "needed"), WRONG)
+def test_wrong_values_of_a_configuration_are_named(name: str, value: object, needed: str) -> None:
+    values = {"encoder": ENCODER, "channels": ["DAPI"], name: value}
+    with pytest.raises(ValueError, match=rf"{name}={re.escape(repr(value))}; .*{needed}"):
+        SegmenterConfig(**values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, value, _ in WRONG if value == value])
+def test_wrong_values_in_a_directory_are_damage(student: Segmenter, tmp_path: Path, name: str, value: object) -> None:
+    student.save(tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), name: value}))
+    with pytest.raises(ValueError, match=rf"Model directory .*model' is damaged: .*{name}="):
+        Segmenter.load(tmp_path / "model")
+
+
+def test_decoders_of_another_depth_are_damage(student: Segmenter, tmp_path: Path) -> None:
+    student.save(tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "decoder_channels": [8] * 3}))
+    with pytest.raises(ValueError, match=r"Model directory .*model' is damaged"):
+        Segmenter.load(tmp_path / "model")
+
+
+def test_numbers_of_numpy_and_tuples_are_fine() -> None:
+    config = SegmenterConfig(
+        ENCODER,
+        ("DAPI",),
+        np.float64(0.5),
+        (np.float32(1), 99),
+        (np.int64(8),) * 5,
+        threshold=np.float64(0.4),  # type: ignore[arg-type]
+    )
+    assert config.channels == ["DAPI"]
+    assert config.stretch == [1, 99]
+    assert config.decoder_channels == [8] * 5
+    assert config.threshold == 0.4
 
 
 def test_card_says_licence_resolution_and_training(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import zipfile
+
 import numpy as np
 import pytest
 
@@ -98,6 +101,28 @@ def test_tissuenet_names_every_image_with_bad_labels(tmp_path):
 def test_tissuenet_other_layouts(tmp_path, changes, error, match):
     tissuenet(tmp_path / "a.npz", **changes)
     with pytest.raises(error, match=match):
+        read_tissuenet(tmp_path / "a.npz")
+
+
+def member(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("x", "match"),
+    [
+        (b"nonsense" * 9, r"a.npz: its array 'X' is damaged \(the magic string"),
+        (member(RNG.random((3, 16, 20, 2)))[:-6000], r"a.npz: its array 'X' is damaged: it ends within image 1 of 3"),
+        (member(np.full((3, 16, 20, 2), "1")), r"a.npz: 'X' has the type <U1; numbers are needed"),
+    ],
+)
+def test_tissuenet_damaged_members_name_the_file(tmp_path, x, match):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("X.npy", x)
+        archive.writestr("y.npy", member(np.zeros((3, 16, 20, 2), dtype=np.int32)))
+    with pytest.raises(ValueError, match=match):
         read_tissuenet(tmp_path / "a.npz")
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 STRETCH = (1.0, 99.8)
 """Percentiles of a channel that become 0 and 1."""
 _STRETCH_PIXELS = 4_000_000
+_LARGEST = np.iinfo(np.int32).max
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Field:
     um_per_px
         Size of a pixel in um; ``None`` where it is unknown.
     limits
-        (c, 2) float: values that become 0 and 1. By default the percentiles 1 and 99.8 of each channel of this image.
+        (c, 2) float: values that become 0 and 1. By default the percentiles 1 and 99.8 of each channel of this image, where
+        it is large of a grid of about 4 million of its pixels.
     region
         (y, x) bool array, the part of the image that was annotated (a fundus camera's field of view); what lies outside
         is not measured. ``None``: all of it.
@@ -114,8 +116,7 @@ class Field:
         """(c, 2) values of each channel that become 0 and 1; constant channels are an error when they are read."""
         if self.limits is not None:
             return self.limits
-        step = max(1, int(np.sqrt(np.prod(self.shape) / _STRETCH_PIXELS)))
-        return np.stack([percentile_limits(np.asarray(plane[::step, ::step])) for plane in self.image])
+        return percentile_limits(grid_of_pixels(self.image))
 
     def read(self, channels: Sequence[str]) -> np.ndarray:
         """Channels of the whole field, (len(channels), y, x) float32, stretched to 0 to 1.
@@ -125,34 +126,91 @@ class Field:
         KeyError
             No such channel.
         ValueError
-            A channel that is constant (empty or saturated), or has values that are not finite.
+            A channel that is constant (empty or saturated) or nearly so, or has values that are not finite.
         """
         rows = self.indices(channels)
         limits = self.stretch_limits()[rows]
         pixels = np.stack([np.asarray(self.image[row]) for row in rows]).astype(np.float32)
-        for name, plane, (low, high) in zip(channels, pixels, limits, strict=True):
-            if not np.isfinite(plane).all():
-                msg = f"Field {self.name!r}: channel {name!r} has values that are not finite."
-                raise ValueError(msg)
-            if not low < high:
-                msg = (
-                    f"Field {self.name!r}: channel {name!r} is constant (its percentiles {STRETCH[0]} and {STRETCH[1]} are "
-                    f"both {low:g}): it is empty or saturated. Leave the field out, or choose another channel."
-                )
-                raise ValueError(msg)
+        for name, plane, edges in zip(channels, pixels, limits, strict=True):
+            check_stretch(
+                plane, edges, percentiles=STRETCH, what=f"Field {self.name!r}: channel {name!r}",
+                leave="Leave the field out, or choose another channel", limit="give Field(limits=...)",
+            )  # fmt: skip
         return stretch(pixels, limits)
 
     def read_labels(self) -> np.ndarray:
-        """Labels in memory, (y, x) int32; an error where there are none."""
+        """Labels in memory, (y, x) int32; an error where there are none, or numbers that are none of int32."""
         if self.labels is None:
-            msg = f"Field {self.name!r} has no labels."
+            msg = f"Field {self.name!r} has no labels: give Field(labels=...), or leave it out where labels are needed."
             raise ValueError(msg)
-        return np.asarray(self.labels).astype(np.int32)
+        return checked_int32(np.asarray(self.labels), f"Field {self.name!r}: the label image")
 
 
-def percentile_limits(plane: np.ndarray) -> np.ndarray:
-    """Values of a channel that become 0 and 1, (2,) float32."""
-    return np.percentile(plane, STRETCH).astype(np.float32)
+def grid_of_pixels(image: Any) -> np.ndarray:
+    """Pixels (c, y, x) of an image, lazy or not, about 4 million a channel; of all channels at once: they share chunks."""
+    step = max(1, int(np.sqrt(np.prod(image.shape[1:]) / _STRETCH_PIXELS)))
+    return np.asarray(image[:, ::step, ::step])
+
+
+def percentile_limits(pixels: np.ndarray, percentiles: Sequence[float] = STRETCH) -> np.ndarray:
+    """Values of channels (c, y, x) that become 0 and 1, (c, 2) float32."""
+    return np.stack([np.percentile(plane, percentiles).astype(np.float32) for plane in pixels])
+
+
+def check_stretch(
+    plane: np.ndarray,
+    limits: np.ndarray,
+    *,
+    percentiles: Sequence[float],
+    what: str,
+    leave: str,
+    limit: str | None = None,
+) -> None:
+    """Refuse a channel that cannot be stretched, and say why.
+
+    Parameters
+    ----------
+    plane
+        Pixels.
+    limits
+        (2,) values that become 0 and 1.
+    percentiles
+        What the limits are, of the whole image.
+    what
+        The channel, for the error.
+    leave, limit
+        What to do without the channel, and, where that can be done, how other limits are given.
+    """
+    if not np.isfinite(plane).all():
+        msg = f"{what} has values that are not finite. {leave}."
+        raise ValueError(msg)
+    low, high = limits
+    if not np.isfinite(limits).all():
+        msg = (
+            f"{what} has values that are not finite elsewhere in the image, so its limits are {low:g} and {high:g}. {leave}"
+            f"{'' if limit is None else f', or {limit}'}."
+        )
+        raise ValueError(msg)
+    if low < high:
+        return
+    first, last = percentiles
+    both = f"its percentiles {first:g} and {last:g} are both {low:g}"
+    if plane.min() == plane.max():
+        msg = f"{what} is constant ({both}): it is empty or saturated. {leave}."
+    else:
+        msg = (
+            f"{what} has the same value in more than {last - first:g} % of its pixels ({both}), too many to be stretched. Crop "
+            f"the image to the tissue{'' if limit is None else f', or {limit}'}."
+        )
+    raise ValueError(msg)
+
+
+def checked_int32(labels: np.ndarray, what: str) -> np.ndarray:
+    """Labels as int32; numbers that a cast alone would turn into others are an error."""
+    if labels.size and (labels.min() < 0 or labels.max() > _LARGEST):
+        msg = f"{what} has numbers from {labels.min()} to {labels.max()}; 0 to {_LARGEST} is needed: relabel them."
+        raise ValueError(msg)
+    return labels.astype(np.int32)
 
 
 def stretch(pixels: np.ndarray, limits: np.ndarray) -> np.ndarray:

@@ -46,7 +46,8 @@ def measure(labels: np.ndarray, intensity: np.ndarray) -> tuple[pd.DataFrame, np
 
 def _outline(mask: np.ndarray, y: int, x: int) -> shapely.Polygon:
     """Largest outer contour of a mask whose first pixel is pixel y, x of the image."""
-    contours = find_contours(np.pad(mask, 1).astype(np.float32), 0.5)
+    # Pixels that touch at a corner are joined, as they are in an object.
+    contours = find_contours(np.pad(mask, 1).astype(np.float32), 0.5, fully_connected="high")
     rings = [shapely.Polygon(contour[:, ::-1] + (x - 0.5, y - 0.5)) for contour in contours]
     largest = max(rings, key=lambda ring: ring.area)
     return shapely.simplify(largest, 0)  # drops points on straight edges, no others

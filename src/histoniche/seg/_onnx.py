@@ -45,9 +45,9 @@ def export_onnx(
     Input ``pixels`` (B, c, y, x) float32, channels stretched to 0 to 1; output ``maps`` (B, 2, y, x) float32,
     probability of foreground and boundary. Number, height and width (multiples of 32) are free; Swin needs at least 64 px.
     A student over a plain ViT (vit-tiny) is bound to the tiles of one ``size`` that it is exported for, best that of its
-    training's patches. The metadata say what images
-    the model needs: ``channel``, ``um_per_px``, ``stretch`` (percentiles), ``outputs``, and, in JSON, how objects are made of
-    the maps, ``instances``, and ``teacher`` with its licence.
+    training's patches. The metadata say what images the model needs: ``um_per_px``, and in JSON the lists ``channels`` (their
+    names, in order), ``stretch`` (percentiles) and ``outputs``, how objects are made of the maps, ``instances``, and
+    ``teacher`` with its licence.
 
     Parameters
     ----------

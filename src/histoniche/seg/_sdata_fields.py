@@ -12,7 +12,7 @@ from spatialdata.models import get_channel_names
 
 from histoniche import _keys, _sdata
 
-from ._fields import Field
+from ._fields import Field, checked_int32, grid_of_pixels, percentile_limits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     import geopandas
 
 Region = tuple[float, float, float, float]
-_LIMITS_PIXELS = 250_000
-_LARGEST = np.iinfo(np.int32).max
 
 
 def fields_from_sdata(
@@ -62,15 +60,15 @@ def fields_from_sdata(
     -------
     Fields: image (c, y, x) lazy; labels (y, x), lazy where they come from ``labels_key``, of shapes int32: the
     position, from 1, of the shape among those whose bounding box meets the region's. Limits are the
-    same in all regions: those of the coarsest scale of the image with at least 250,000 pixels.
+    same in all regions: those of the whole image at full resolution, whatever coarser scales it has.
 
     Raises
     ------
     KeyError
         No such image, labels, shapes or channels.
     ValueError
-        Both labels and shapes; no transformation to um; labels on another grid; no shape in a region, or a
-        shape without a polygon or radius; a region that is empty, given twice, or reaches beyond the image.
+        Both labels and shapes; an image with a z axis; no transformation to um; labels on another grid; no shape in a
+        region, or a shape without a polygon or radius; a region that is empty, given twice, or reaches beyond the image.
     TypeError
         No SpatialData object, or labels of floats.
     """
@@ -80,12 +78,11 @@ def fields_from_sdata(
     if labels_key is not None and shapes_key is not None:
         msg = f"labels_key={labels_key!r} and shapes_key={shapes_key!r} are both given: choose one."
         raise ValueError(msg)
-    image = _sdata.image(sdata, image_key, n_channels=None)
-    names = [str(channel) for channel in get_channel_names(sdata.images[image.key])]
+    image, names = channel_image(sdata, image_key)
     rows = _channel_rows(image.key, names, channels)
     chosen = tuple(names[row] for row in rows)
-    levels = [level[rows] for level in image.pyramid]
-    limits = _limits(image.key, levels, chosen)
+    pixels = image.pyramid[0][rows]
+    limits = percentile_limits(grid_of_pixels(pixels))  # of the whole: regions must not be stretched each by itself
     labels = None if labels_key is None else _labels(sdata, labels_key, image)
     shapes = None if shapes_key is None else _Shapes(sdata, shapes_key, image)
     name = name or image.key
@@ -101,8 +98,22 @@ def fields_from_sdata(
         if label in [field.name for field in fields]:
             msg = f"regions: {region} is the same window of pixels as an earlier one."
             raise ValueError(msg)
-        fields.append(Field(label, levels[0][:, y, x], chosen, found, image.um_per_px, limits))
+        fields.append(Field(label, pixels[:, y, x], chosen, found, image.um_per_px, limits))
     return fields
+
+
+def channel_image(sdata: SpatialData, image_key: str | None) -> tuple[_sdata.Image, list[str]]:
+    """An image (c, y, x) of any number of channels, and their names."""
+    image = _sdata.image(sdata, image_key, n_channels=None)
+    element = sdata.images[image.key]
+    dims = _sdata._scales(element)[0].dims
+    if dims != ("c", "y", "x"):
+        msg = (
+            f"images[{image.key!r}] has the axes {dims}; ('c', 'y', 'x') are needed: add one plane of it, or a projection "
+            "along z, as an image of its own with `Image2DModel.parse`."
+        )
+        raise ValueError(msg)
+    return image, [str(name) for name in get_channel_names(element)]
 
 
 def _channel_rows(key: str, names: list[str], channels: Sequence[str] | None) -> list[int]:
@@ -113,15 +124,6 @@ def _channel_rows(key: str, names: list[str], channels: Sequence[str] | None) ->
         msg = f"channels={list(channels)}: images[{key!r}] has the channels {names}."
         raise KeyError(msg)
     return [names.index(channel) for channel in channels]
-
-
-def _limits(key: str, levels: list[da.Array], channels: tuple[str, ...]) -> np.ndarray:
-    """Values of the whole image that become 0 and 1, (c, 2): regions must not be stretched each by itself."""
-    large = [level for level in levels if level.shape[1] * level.shape[2] >= _LIMITS_PIXELS]
-    level = large[-1] if large else levels[0]
-    step = max(1, int(np.sqrt(level.shape[1] * level.shape[2] / (16 * _LIMITS_PIXELS))))
-    # All channels at once: they often share chunks, and scales may be computed from the full resolution.
-    return Field(key, level[:, ::step, ::step].compute(), channels).stretch_limits()
 
 
 # ---------------------------------------------------------------------------------------------------------- regions
@@ -201,17 +203,9 @@ def _labels(sdata: SpatialData, key: str, image: _sdata.Image) -> da.Array:
             "transformations must be the same."
         )
         raise ValueError(msg)
-    # Numbers beyond int32 are an error when they are read; a cast alone would make other numbers of them.
-    return labels.map_blocks(_checked_int32, key=key, dtype=np.int32, meta=np.empty((0, 0), dtype=np.int32))
-
-
-def _checked_int32(block: np.ndarray, key: str) -> np.ndarray:
-    if block.size and (block.min() < 0 or block.max() > _LARGEST):
-        msg = (
-            f"labels[{key!r}] has numbers from {block.min()} to {block.max()}; 0 to {_LARGEST} is needed: relabel them."
-        )
-        raise ValueError(msg)
-    return block.astype(np.int32)
+    return labels.map_blocks(
+        checked_int32, what=f"labels[{key!r}]", dtype=np.int32, meta=np.empty((0, 0), dtype=np.int32)
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- shapes

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import tempfile
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,26 +18,25 @@ import shapely
 import zarr
 from anndata import AnnData
 from spatialdata import SpatialData
-from spatialdata.models import Labels2DModel, ShapesModel, TableModel, get_channel_names
+from spatialdata.models import Labels2DModel, ShapesModel, TableModel
 from spatialdata.transformations import Affine, Identity
 from tqdm.auto import tqdm
 
 from histoniche._keys import SPATIAL, UM
-from histoniche._sdata import Target, image
+from histoniche._sdata import Target
 from histoniche._settings import settings
 
-from ._fields import stretch
+from ._fields import check_stretch, grid_of_pixels, percentile_limits, stretch
 from ._morphology import measure
+from ._sdata_fields import channel_image
 from ._segmenter import Segmenter, check_scale
 from ._tiled import resampled, tiled_labels, tiled_maps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from ._tiled import Block
 
-_LEAST_PIXELS = 250_000
-_MOST_PIXELS = 4_000_000
 _REGION_PX = 8192
 """Width of the part of the image whose maps are one dask graph: bounds memory on images of any width."""
 _LENGTHS = ["perimeter", "major_axis", "minor_axis"]
@@ -59,10 +60,12 @@ def segment(
 ) -> SpatialData | None:
     """Segment a whole image with a student, and add cells, their outlines and a table.
 
-    The image is read lazily. Overlapping tiles are predicted and blended, in threads that decode the image while the
-    network, one tile batch at a time, uses all cores or the GPU. The maps lie in a temporary store on disk (4 bytes a
-    pixel, float16), from which objects are made block by block, so memory does not grow with the image, the labels in
-    memory (4 bytes a pixel, see ``store``) apart. No border of a tile or block cuts an object.
+    The image is read lazily: once at full resolution for the percentiles that its values are stretched by, of a grid of
+    about 4 million pixels, whatever coarser scales it has; then for the maps. Overlapping tiles are predicted and blended,
+    in threads that decode the image while the network, one tile batch at a time, uses all cores or the GPU. The maps lie in
+    a temporary store on disk (4 bytes a pixel, float16), from which objects are made block by block, so memory does not
+    grow with the image, the labels in memory (4 bytes a pixel, see ``store``) apart. No border of a tile or block cuts an
+    object.
 
     Parameters
     ----------
@@ -75,7 +78,7 @@ def segment(
     channel
         Channel to segment, or several, where they have other names than those that the student was trained on.
     key_added
-        Name of the new shapes, and start of the names of labels and table.
+        Name of the new shapes, and start of the names of labels and table: letters, digits, ``_``, ``-`` and ``.``.
     um_per_px
         Resolution that the student was trained at, where its configuration does not know it.
     resample
@@ -118,17 +121,14 @@ def segment(
     TypeError
         Not a SpatialData object.
     ValueError
-        A damaged model; an image without um/px, or of another um/px than the student's; a name that is taken; a channel
-        that is empty, saturated or not finite; no object found; sizes out of range.
+        A damaged model; an image with a z axis, without um/px, or of another um/px than the student's; a name that is taken
+        or not allowed; a channel that is empty, saturated or not finite; no object found; sizes out of range.
     """
     if not isinstance(sdata, SpatialData):
         msg = f"Expected a SpatialData, got {type(sdata).__name__}: segment reads an image."
         raise TypeError(msg)
     names = {"labels": f"{key_added}_labels", "shapes": key_added, "tables": f"{key_added}_table"}
-    taken = [name for name in names.values() if name in sdata]
-    if taken:
-        msg = f"The object already has an element {taken[0]!r}: choose another key_added, or delete it."
-        raise ValueError(msg)
+    _check_names(sdata, key_added, list(names.values()))
     if min_area is not None and not 0 <= min_area < np.inf:
         msg = f"min_area={min_area} must be an area in um2, 0 or more."
         raise ValueError(msg)
@@ -139,27 +139,93 @@ def segment(
         model = Segmenter.load(model)
     plane = _plane(sdata, model, image_key, channel, um_per_px=um_per_px, resample=resample)
     maps = tiled_maps(plane.pixels, plane.predictor(model), tile=tile_px, overlap=overlap_px, batch_size=batch_size)
-    with tempfile.TemporaryDirectory(prefix="histoniche-") as folder:
-        stored = _store_maps(maps, Path(folder) / "maps.zarr", tile_px - overlap_px)
-        labels, cells, polygons = _cells(stored, plane, model, min_area or 0.0, store)
     params = {
         "channels": plane.channels, "model": repr(model), "weights_sha256": model.digest, "limits": plane.limits,
         "um_per_px": plane.um_per_px, "resample": resample, "min_area": min_area, "tile_px": tile_px,
         "overlap_px": overlap_px, "store": None if store is None else str(Path(store).resolve()),
     }  # fmt: skip
-    matrix = Affine(plane.px_to_um, input_axes=("x", "y"), output_axes=("x", "y"))
-    elements = {
-        names["labels"]: Labels2DModel.parse(labels, dims=("y", "x"), transformations={UM: matrix}),
-        names["shapes"]: ShapesModel.parse(
-            gpd.GeoDataFrame(geometry=polygons, index=cells["cell_id"].to_numpy()), transformations={UM: Identity()}
-        ),
-        names["tables"]: _table(cells, key_added, params, plane.key),
-    }
+    with tempfile.TemporaryDirectory(prefix="histoniche-") as folder, _beside(store) as made:
+        stored = _store_maps(maps, Path(folder) / "maps.zarr", tile_px - overlap_px)
+        labels: Any = np.zeros(maps.shape[1:], dtype=np.int32)
+        if made is not None:
+            labels = zarr.create_array(made, shape=maps.shape[1:], chunks=(512, 512), dtype="int32")
+        cells, polygons = _cells(stored, plane, model, min_area or 0.0, labels)
+        outlines = gpd.GeoDataFrame(geometry=polygons, index=cells["cell_id"].to_numpy())
+        elements = {
+            names["shapes"]: ShapesModel.parse(outlines, transformations={UM: Identity()}),
+            names["tables"]: _table(cells, key_added, params, plane.key),
+        }
+        matrix = Affine(plane.px_to_um, input_axes=("x", "y"), output_axes=("x", "y"))
+        with _placed(made, store):
+            labels = labels if store is None else da.from_zarr(str(store))
+            parsed = Labels2DModel.parse(labels, dims=("y", "x"), transformations={UM: matrix})
+            return _with_elements(sdata, {names["labels"]: parsed, **elements}, copy=copy)
+
+
+def _check_names(sdata: SpatialData, key_added: str, names: list[str]) -> None:
+    """Refuse names that the object has, or that spatialdata would refuse when all work is done."""
+    present = {name.lower(): name for _, name, _ in sdata.gen_elements()}
+    tiny = ShapesModel.parse(gpd.GeoDataFrame({"radius": [1.0]}, geometry=[shapely.Point(0, 0)]))
+    for name in names:
+        try:
+            SpatialData().shapes[name] = tiny
+        except (KeyError, TypeError, ValueError) as error:
+            msg = (
+                f"key_added={key_added!r} makes an element named {name!r}, which spatialdata refuses ({error}): use letters, "
+                "digits, '_', '-' and '.', no '__' at the beginning, and neither '.' nor '..' alone."
+            )
+            raise ValueError(msg) from error
+        if name.lower() in present:
+            found = present[name.lower()]
+            case = "" if found == name else f" (key_added={key_added!r} makes {name!r}; case does not tell names apart)"
+            msg = f"The object already has an element {found!r}{case}: choose another key_added, or delete it."
+            raise ValueError(msg)
+
+
+@contextmanager
+def _beside(store: str | Path | None) -> Iterator[Path | None]:
+    """A place for labels on the disk of the store, removed at the end."""
+    if store is None:
+        yield None
+        return
+    there = next(parent for parent in Path(store).resolve().parents if parent.exists())
+    with tempfile.TemporaryDirectory(dir=there, prefix=".histoniche-") as folder:
+        yield Path(folder) / "labels.zarr"
+
+
+@contextmanager
+def _placed(made: Path | None, store: str | Path | None) -> Iterator[None]:
+    """Move labels to their place, and away again should the rest fail."""
+    if made is None or store is None:
+        yield
+        return
+    new = [parent for parent in Path(store).resolve().parents if not parent.exists()]
+    try:
+        Path(store).parent.mkdir(parents=True, exist_ok=True)
+        made.rename(store)
+        yield
+    except BaseException:
+        if not made.exists():
+            shutil.rmtree(store)
+        with suppress(OSError):  # one that somebody else has put something into
+            for parent in new:
+                parent.rmdir()
+        raise
+
+
+def _with_elements(sdata: SpatialData, elements: dict[str, Any], *, copy: bool) -> SpatialData | None:
+    """Add elements, all or none."""
     if copy:
         rest = {name: element for _, name, element in sdata.gen_elements()}
         return SpatialData.init_from_elements({**rest, **elements}, attrs=dict(sdata.attrs))
-    for name, element in elements.items():
-        sdata[name] = element
+    try:
+        for name, element in elements.items():
+            sdata[name] = element
+    except BaseException:
+        for name in elements:
+            if name in sdata:
+                del sdata[name]
+        raise
     return None
 
 
@@ -262,10 +328,9 @@ def _plane(
     resample: bool,
 ) -> _Plane:
     """Find the channels, and see them at the resolution that is asked for."""
-    picture = image(sdata, image_key, n_channels=None)
+    picture, names = channel_image(sdata, image_key)
     where = f"images[{picture.key!r}]"
     channels = _channels(model, channel)
-    names = [str(name) for name in get_channel_names(sdata.images[picture.key])]
     for name in channels:
         if names.count(name) != 1:
             msg = f"{where} has no channel {name!r} (or several); it has {names}: name one with channel=."
@@ -279,13 +344,11 @@ def _plane(
             msg = f"{error} In hn.seg.segment, {fix}"
             raise ValueError(msg) from error
     planes = {name: tuple(level[names.index(name)] for level in picture.pyramid) for name in channels}
-    limits = np.stack([
-        _limits(pyramid, model.config.stretch, f"Channel {name!r} of {where}") for name, pyramid in planes.items()
-    ])  # fmt: skip
+    full = da.stack([pyramid[0] for pyramid in planes.values()])
+    limits = _limits(full, model.config.stretch, [f"Channel {name!r} of {where}" for name in channels])
     px_to_um = np.linalg.inv(np.vstack([picture.um_to_px, [0, 0, 1]]))
     if not resample or expected is None:
-        pixels = da.stack([pyramid[0] for pyramid in planes.values()])
-        return _Plane(picture.key, channels, pixels, limits, px_to_um, picture.um_per_px)
+        return _Plane(picture.key, channels, full, limits, px_to_um, picture.um_per_px)
     scale = picture.um_per_px / expected
     matrix = px_to_um @ np.diag([1 / scale, 1 / scale, 1])
     pixels = da.stack([resampled(pyramid, scale) for pyramid in planes.values()])
@@ -317,22 +380,13 @@ def _resolution(model: Segmenter, um_per_px: float | None) -> float | None:
     return um_per_px
 
 
-def _limits(pyramid: tuple[da.Array, ...], percentiles: list[float], what: str) -> np.ndarray:
-    """Values that become 0 and 1, (2,) float32, of the coarsest level that has pixels enough."""
-    level = next((one for one in reversed(pyramid) if one.size >= _LEAST_PIXELS), pyramid[0])
-    step = max(1, int(np.sqrt(level.size / _MOST_PIXELS)))
-    sample = np.asarray(level[::step, ::step])
-    if not np.isfinite(sample).all():
-        msg = f"{what} has values that are not finite."
-        raise ValueError(msg)
-    low, high = np.percentile(sample, percentiles)
-    if not low < high:
-        msg = (
-            f"{what} is constant (its percentiles {percentiles[0]:g} and {percentiles[1]:g} are both {low:g}): it is empty or "
-            "saturated. Choose another channel."
-        )
-        raise ValueError(msg)
-    return np.array([low, high], dtype=np.float32)
+def _limits(image: da.Array, percentiles: list[float], what: list[str]) -> np.ndarray:
+    """Values that become 0 and 1, (c, 2) float32."""
+    sample = grid_of_pixels(image)
+    limits = percentile_limits(sample, percentiles)
+    for plane, edges, name in zip(sample, limits, what, strict=True):
+        check_stretch(plane, edges, percentiles=percentiles, what=name, leave="Choose another channel")
+    return limits
 
 
 class _Counted:
@@ -370,35 +424,23 @@ def _regions(chunks: tuple[int, ...]) -> list[slice]:
 
 
 def _cells(
-    maps: zarr.Array, plane: _Plane, model: Segmenter, min_area: float, store: str | Path | None
-) -> tuple[Any, pd.DataFrame, np.ndarray]:
-    """Labels, and the cells' measures and outlines in um."""
-    parent = None if store is None else Path(store).resolve().parent
-    if parent is not None:
-        parent.mkdir(parents=True, exist_ok=True)
-    shape = maps.shape[1:]
-    with tempfile.TemporaryDirectory(dir=parent, prefix=".histoniche-") as folder:
-        made = Path(folder) / "labels.zarr"
-        labels: Any = np.zeros(shape, dtype=np.int32)
-        if store is not None:
-            labels = zarr.create_array(made, shape=shape, chunks=(512, 512), dtype="int32")
-        tables, outlines = [], []
-        blocks = tiled_labels(maps, model.instances, labels, least_px=min_area / plane.um_per_px**2)
-        for block in tqdm(blocks, desc="cells", disable=not settings.progress):
-            if block.labels.any():
-                cells, polygons = _measured(block, plane)
-                tables.append(cells)
-                outlines.append(polygons)
-        if not tables:
-            msg = (
-                f"No object found in channel {plane.channels} of images[{plane.key!r}]: is it the channel and the um/px that "
-                f"the student was trained on (threshold {model.config.threshold:g}, min_area {min_area:g} um2)?"
-            )
-            raise ValueError(msg)
-        if store is not None:
-            made.rename(store)
-            labels = da.from_zarr(str(store))
-    return labels, pd.concat(tables, ignore_index=True), np.concatenate(outlines)
+    maps: zarr.Array, plane: _Plane, model: Segmenter, min_area: float, labels: Any
+) -> tuple[pd.DataFrame, np.ndarray]:
+    """The cells' measures and outlines in um; their numbers are written to the labels."""
+    tables, outlines = [], []
+    blocks = tiled_labels(maps, model.instances, labels, least_px=min_area / plane.um_per_px**2)
+    for block in tqdm(blocks, desc="cells", disable=not settings.progress):
+        if block.labels.any():
+            cells, polygons = _measured(block, plane)
+            tables.append(cells)
+            outlines.append(polygons)
+    if not tables:
+        msg = (
+            f"No object found in channel {plane.channels} of images[{plane.key!r}]: is it the channel and the um/px that "
+            f"the student was trained on (threshold {model.config.threshold:g}, min_area {min_area:g} um2)?"
+        )
+        raise ValueError(msg)
+    return pd.concat(tables, ignore_index=True), np.concatenate(outlines)
 
 
 def _measured(block: Block, plane: _Plane) -> tuple[pd.DataFrame, np.ndarray]:

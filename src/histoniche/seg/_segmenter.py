@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ from ._students import DECODER_CHANNELS, STUDENTS, build_student, count_paramete
 from ._targets import OUTPUTS
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ._fields import Field
 
 _STRIDE = 32
@@ -49,6 +52,11 @@ class SegmenterConfig:
         Name and licence of the teacher; empty without one.
     training
         Settings of the training, and figures measured, for the model card.
+
+    Raises
+    ------
+    ValueError
+        A value of another type, or out of range.
     """
 
     encoder: str
@@ -63,6 +71,55 @@ class SegmenterConfig:
     min_area: int = 16
     teacher: dict[str, str] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse values that would fail, or give wrong maps, when the student is used."""
+        self._need("encoder", _is_text(self.encoder), "a name")
+        self._need("channels", _is_list(self.channels, _is_text) and len(set(self.channels)) == len(self.channels) > 0,
+                   "a list of one name or more, each once")  # fmt: skip
+        self._need("um_per_px", self.um_per_px is None or 0 < _number(self.um_per_px) < np.inf, "positive, or None")
+        self._need("stretch", _is_list(self.stretch, _is_number) and len(self.stretch) == 2
+                   and 0 <= self.stretch[0] < self.stretch[1] <= 100, "two percentiles that rise, 0 to 100")  # fmt: skip
+        widths = self.decoder_channels
+        self._need("decoder_channels", _is_list(widths, _is_whole) and len(widths) > 0 and min(widths) > 0,
+                   "a list of whole numbers from 1")  # fmt: skip
+        self._need("outputs", _is_list(self.outputs, _is_text) and tuple(self.outputs) == OUTPUTS, f"{list(OUTPUTS)}")
+        self._need("threshold", 0 <= _number(self.threshold) <= 1, "a number from 0 to 1")
+        self._need("min_depth", 0 <= _number(self.min_depth) < np.inf, "a number from 0")
+        self._need("smoothing", 0 <= _number(self.smoothing) < np.inf, "a number from 0")
+        self._need("min_area", _is_whole(self.min_area) and self.min_area >= 0, "a whole number from 0")
+        named = isinstance(self.teacher, dict) and all(map(_is_text, (*self.teacher, *self.teacher.values())))
+        self._need("teacher", named and (not self.teacher or {"name", "licence"} <= set(self.teacher)),
+                   "a dict of texts, 'name' and 'licence' among them, or empty")  # fmt: skip
+        self._need("training", isinstance(self.training, dict), "a dict")
+        for name in ("channels", "stretch", "decoder_channels", "outputs"):
+            setattr(self, name, list(getattr(self, name)))
+
+    def _need(self, name: str, good: object, needed: str) -> None:
+        if not good:
+            msg = f"Segmenter configuration: {name}={getattr(self, name)!r}; {needed} is needed."
+            raise ValueError(msg)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _number(value: Any) -> float:
+    """The number, or nan, which lies in no range."""
+    return float(value) if _is_number(value) else np.nan
+
+
+def _is_list(values: object, good: Callable[[object], bool]) -> bool:
+    return isinstance(values, list | tuple) and all(map(good, values))
 
 
 class Segmenter:
@@ -241,8 +298,11 @@ class Segmenter:
             known = {name: config[name] for name in SegmenterConfig.__dataclass_fields__}
             model = cls(SegmenterConfig(**known))
             model.module.load_state_dict(weights)
-        except (KeyError, TypeError, RuntimeError) as error:
-            msg = f"Model directory {str(path)!r} is damaged: its configuration does not fit its weights ({error})."
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            msg = (
+                f"Model directory {str(path)!r} is damaged: its configuration does not fit its weights or is none of a "
+                f"student ({error}). Copy or train the model again."
+            )
             raise ValueError(msg) from error
         if model.digest != sha:
             msg = f"Model directory {str(path)!r} is damaged: weights and config.json do not belong together."

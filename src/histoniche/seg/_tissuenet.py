@@ -6,7 +6,7 @@ import zipfile
 import zlib
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import IO, TYPE_CHECKING, Literal
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -98,7 +98,7 @@ def read_tissuenet(
                 with noted(problems):
                     numbers = whole_numbers(y[..., _TISSUENET_LABELS.index(target)], name)
                     fields.append(Field(name, image, tuple(channels), numbers, um_per_px))
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
         msg = f"{path} is damaged or no npz file ({error}): download it again."
         raise ValueError(msg) from error
     return settled(fields, problems, on_error, path)
@@ -111,12 +111,28 @@ def _npz_rows(archive: zipfile.ZipFile, key: str, path: Path) -> tuple[tuple[int
         msg = f"{path} has no array {key!r}; it has {sorted(name.removesuffix('.npy') for name in names)}."
         raise KeyError(msg)
     file = archive.open(f"{key}.npy")
-    version = np.lib.format.read_magic(file)
-    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = header(file)
+    try:
+        version = np.lib.format.read_magic(file)
+        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = header(file)
+    except ValueError as error:
+        msg = f"{path}: its array {key!r} is damaged ({error}): download it again."
+        raise ValueError(msg) from error
     if dtype.hasobject or fortran:
         why = "holds Python objects, and loading those could run code" if dtype.hasobject else "is in Fortran order"
         msg = f"{path}: {key!r} {why}: save it again as one array of numbers, `np.ascontiguousarray({key})`."
         raise ValueError(msg)
+    if not np.issubdtype(dtype, np.number):
+        msg = f"{path}: {key!r} has the type {dtype}; numbers are needed: save it again as an array of numbers."
+        raise ValueError(msg)
+    return shape, _rows(file, shape, dtype, f"{path}: its array {key!r}")
+
+
+def _rows(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype, what: str) -> Iterator[np.ndarray]:
     size = int(np.prod(shape[1:])) * dtype.itemsize
-    return shape, (np.frombuffer(file.read(size), dtype).reshape(shape[1:]) for _ in range(shape[0]))
+    for number in range(shape[0]):
+        row = file.read(size)
+        if len(row) < size:
+            msg = f"{what} is damaged: it ends within image {number} of {shape[0]}. Download it again."
+            raise ValueError(msg)
+        yield np.frombuffer(row, dtype).reshape(shape[1:])

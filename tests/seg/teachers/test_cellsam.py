@@ -6,6 +6,7 @@ import sys
 import types
 import warnings
 from pathlib import Path
+from pickle import UnpicklingError  # noqa: TID251 raised by the fake
 from typing import Any
 
 import numpy as np
@@ -97,10 +98,63 @@ def test_settings_reach_the_package(fake: FakeCellSAM, item: Field) -> None:
 
 def test_a_local_file_is_read_instead(fake: FakeCellSAM, tmp_path: Path) -> None:
     path = tmp_path / "mine.pt"
-    path.touch()
+    torch.save(fake.net.state_dict(), path)
     teacher = CellSAM("dapi", weights=path)
     assert fake.loaded == [("file", str(path))]
     assert teacher.name == "cellsam mine.pt"
+    torch.save({"state_dict": fake.net.state_dict(), "epoch": 3}, path)
+    assert CellSAM("dapi", weights=path).name == "cellsam mine.pt"
+
+
+def test_the_second_copy_of_sam_may_be_left_out(fake: FakeCellSAM, tmp_path: Path) -> None:
+    fake.net = nn.ModuleDict({"model": nn.Linear(3, 2), "model_cp": nn.Linear(3, 2)})
+    path = tmp_path / "mine.pt"
+    weights = fake.net.state_dict()
+    torch.save({name: weights[name] for name in ("model.weight", "model.bias")}, path)
+    assert CellSAM("dapi", weights=path).name == "cellsam mine.pt"
+    torch.save({name: weights[name] for name in ("model.weight", "model.bias", "model_cp.bias")}, path)
+    with pytest.raises(TeacherAccessError, match=r"lack 1 of the 4 parameters, such as 'model_cp.weight'"):
+        CellSAM("dapi", weights=path)
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        ({"other": torch.zeros(2)}, "lack 2 of the 2 parameters, such as 'weight': they belong to another network"),
+        ({"weight": torch.zeros(2, 3)}, "lack 1 of the 2 parameters, such as 'bias'"),
+        (torch.zeros(3), "are damaged, or none .it holds a Tensor, not tensors by name"),
+        ({"state_dict": torch.zeros(3)}, "are damaged, or none .it holds a Tensor"),
+    ],
+)
+def test_weights_of_another_network_are_refused(
+    fake: FakeCellSAM, tmp_path: Path, stored: object, message: str
+) -> None:
+    path = tmp_path / "other.pt"
+    torch.save(stored, path)
+    with pytest.raises(TeacherAccessError, match=f"other.pt' {message}"):
+        CellSAM("dapi", weights=path)
+
+
+def test_damaged_weights_are_explained(fake: FakeCellSAM, tmp_path: Path) -> None:
+    path = tmp_path / "cut.pt"
+    torch.save(fake.net.state_dict(), path)
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], b"", b"no weights at all"):
+        path.write_bytes(content)
+        with pytest.raises(TeacherAccessError, match=r"cut.pt' are damaged, or none \(.+\).*users.deepcell.org"):
+            CellSAM("dapi", weights=path)
+    assert fake.loaded == []
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, EOFError, UnpicklingError])
+def test_damaged_weights_of_the_package_are_explained(fake: FakeCellSAM, kind: type[Exception]) -> None:
+    def cut(model: str) -> nn.Module:
+        raise kind("PytorchStreamReader failed")
+
+    fake.get_model = cut  # type: ignore[method-assign]
+    message = r"'cellsam_general' are damaged \(PytorchStreamReader failed\): delete them.*kept in ~/.deepcell/models"
+    with pytest.raises(TeacherAccessError, match=message):
+        CellSAM("dapi")
 
 
 # ------------------------------------------------------------------------------------------------------ what it gives

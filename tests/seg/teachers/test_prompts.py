@@ -67,6 +67,31 @@ def test_a_detector_sees_the_channels_and_its_boxes_are_clipped() -> None:
     assert nothing.boxes(item, pixels).shape == (0, 4)
 
 
+@pytest.mark.parametrize(
+    ("boxes", "message"),
+    [
+        (np.ones((4, 5)), r"an array \(4, 5\); boxes \(n, 4\).*the corners alone without scores or classes"),
+        (np.array([1, 2, 3, 4]), r"an array \(4,\)"),
+        (np.empty((0, 5)), r"an array \(0, 5\)"),
+        ([[1, 2, 3, 4], [1, 2]], "no array of numbers"),
+        ([[0, 0, 5, 5], [1, 2, 3, float("nan")]], r"the box \[1.0, 2.0, 3.0, nan\] \(row 1\)"),
+        ([[0, 0, 5, 5], [7, 2, 3, 4]], r"the box \[7.0, 2.0, 3.0, 4.0\] \(row 1\).*left < right and top < bottom"),
+        ([[1, 4, 3, 4]], r"the box .* \(row 0\).*leave out empty boxes, and turn \(x, y, width, height\) into corners"),
+    ],
+)
+def test_what_a_detector_must_not_give_is_refused(boxes: object, message: str) -> None:
+    item = make_field(None)
+    prompts = Prompts("detector", detector=lambda pixels: boxes, detector_version="mine 2")  # type: ignore[arg-type,return-value]
+    with pytest.raises(ValueError, match=f"The detector 'mine 2' gave field 'field' {message}"):
+        prompts.boxes(item, item.read(("dapi",)))
+
+
+def test_a_detector_may_give_an_empty_list() -> None:
+    item = make_field(None)
+    prompts = Prompts("detector", detector=lambda pixels: [], detector_version="1")  # type: ignore[arg-type,return-value]
+    assert prompts.boxes(item, item.read(("dapi",))).shape == (0, 4)
+
+
 # ------------------------------------------------------------------------------------------------------------- grid
 def test_points_are_spaced_from_half_a_step_on() -> None:
     points = Prompts("grid", spacing=10).points((20, 30))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from histoniche._compute import make_fabric
 from histoniche.seg._access import TeacherAccessError
@@ -44,7 +45,7 @@ class CellSAM:
     model
         Weights, as the package names them: ``"cellsam_general"``, those of the publication, or ``"cellsam_extra"``.
     weights
-        File with weights that were had before, read instead.
+        File with weights that were had before, read instead; it must hold all parameters, and tensors alone.
     bbox_threshold
         Least confidence, 0 to 1, of a detected cell.
 
@@ -53,7 +54,7 @@ class CellSAM:
     ImportError
         The package is missing; the message says how to install it, and what the licence allows.
     TeacherAccessError
-        Token, network or weights are missing; the message says how to get them.
+        Token, network or weights are missing, or weights are damaged or another network's; the message says what to do.
 
     References
     ----------
@@ -128,16 +129,54 @@ def _import_cellsam() -> Any:
 
 def _load(package: Any, model: str, weights: Path | str | None) -> Any:
     """Have the package load its weights, or say what is missing."""
-    if weights is not None and not Path(weights).is_file():
-        msg = f"CellSAM's weights {str(weights)!r} do not exist. {_HELP}"
-        raise TeacherAccessError(msg)
+    if weights is not None:
+        return _load_file(package, Path(weights))
     try:
-        return package.get_model(model) if weights is None else package.get_local_model(str(weights))
+        return package.get_model(model)
     except (OSError, ValueError) as error:  # no token: ValueError; no network or a bad token: errors of requests
         token = "set" if os.environ.get(TOKEN) else "not set"
-        reason = _without_token(str(error)).strip().split("\n")[0]
-        msg = f"CellSAM's weights {model!r} cannot be had ({reason}; {TOKEN} is {token}). {_HELP}"
+        msg = f"CellSAM's weights {model!r} cannot be had ({_first_line(error)}; {TOKEN} is {token}). {_HELP}"
         raise TeacherAccessError(msg) from None  # the package puts the token into its errors
+    except Exception as error:  # of files that are cut torch raises errors of many types
+        msg = f"CellSAM's weights {model!r} are damaged ({_first_line(error)}): delete them there, and load them again. {_HELP}"
+        raise TeacherAccessError(msg) from error
+
+
+def _load_file(package: Any, path: Path) -> Any:
+    """Have the package load a file that holds what it needs: it passes over what is missing."""
+    if not path.is_file():
+        msg = f"CellSAM's weights {str(path)!r} do not exist. {_HELP}"
+        raise TeacherAccessError(msg)
+    try:
+        names = _names_of_weights(path)
+        module = package.get_local_model(str(path))
+    except Exception as error:  # of files that are cut, or something else, torch raises errors of many types
+        msg = f"CellSAM's weights {str(path)!r} are damaged, or none ({_first_line(error)}). {_HELP}"
+        raise TeacherAccessError(msg) from error
+    copied = any(name.startswith("model_cp.") for name in names)  # a second copy of SAM, which may be left out
+    needed = [name for name, _ in module.named_parameters() if copied or not name.startswith("model_cp.")]
+    missing = [name for name in needed if name not in names]
+    if missing:
+        msg = (
+            f"CellSAM's weights {str(path)!r} lack {len(missing)} of the {len(needed)} parameters, such as {missing[0]!r}: they "
+            f"belong to another network or version. {_HELP}"
+        )
+        raise TeacherAccessError(msg)
+    return module
+
+
+def _names_of_weights(path: Path) -> set[str]:
+    """Names of a file's tensors, which lie at the top or, as the package knows, one level down."""
+    stored = torch.load(path, map_location="cpu", weights_only=True)
+    stored = stored.get("state_dict", stored) if isinstance(stored, dict) else stored
+    if not isinstance(stored, dict):
+        msg = f"it holds a {type(stored).__name__}, not tensors by name"
+        raise TypeError(msg)
+    return {str(name) for name in stored}
+
+
+def _first_line(error: BaseException) -> str:
+    return (_without_token(str(error)).strip() or type(error).__name__).split("\n")[0]
 
 
 def _without_token(text: str) -> str:

@@ -41,7 +41,8 @@ class Prompts:
     most_area
         Share of the image above which a mask of a grid is taken for background.
     detector
-        Function of the channels (c, y, x) in 0 to 1 that gives boxes (n, 4): left, top, right, bottom in px.
+        Function of the channels (c, y, x) in 0 to 1 that gives boxes (n, 4): left, top, right, bottom in px. Anything else
+        is an error when a field is asked.
     detector_version
         Text that changes whenever the detector's boxes would; needed with a detector, for the cache of a teacher's outputs.
     """
@@ -82,7 +83,7 @@ class Prompts:
     def boxes(self, item: Field, pixels: np.ndarray) -> np.ndarray:
         """Boxes (n, 4) of a field, widened and clipped to it."""
         if self.detector is not None:
-            found = np.asarray(self.detector(pixels), dtype=np.float32).reshape(-1, 4)
+            found = self._checked(self.detector(pixels), item)
         else:
             if item.labels is None:
                 msg = (
@@ -94,6 +95,31 @@ class Prompts:
         height, width = item.shape
         widened = found + np.array([-1, -1, 1, 1], dtype=np.float32) * self.margin
         return np.clip(widened, 0, (width, height, width, height))
+
+    def _checked(self, boxes: object, item: Field) -> np.ndarray:
+        """Boxes of the detector, (n, 4) float32."""
+        what = f"The detector {self.detector_version!r} gave field {item.name!r}"
+        needed = "boxes (n, 4), left, top, right, bottom in px, are needed"
+        try:
+            found = np.asarray(boxes, dtype=np.float32)
+        except (TypeError, ValueError, RuntimeError) as error:
+            msg = f"{what} no array of numbers ({error}); {needed}: return a NumPy array."
+            raise ValueError(msg) from error
+        if found.shape == (0,):
+            return found.reshape(0, 4)
+        if found.ndim != 2 or found.shape[1] != 4:
+            more = " without scores or classes" if found.ndim == 2 and found.shape[1] > 4 else ""
+            msg = f"{what} an array {found.shape}; {needed}: return the corners alone{more}."
+            raise ValueError(msg)
+        good = np.isfinite(found).all(axis=1) & (found[:, :2] < found[:, 2:]).all(axis=1)
+        if not good.all():
+            row = int(np.argmin(good))
+            msg = (
+                f"{what} the box {found[row].tolist()} (row {row}); {needed}, finite, with left < right and top < bottom: leave "
+                "out empty boxes, and turn (x, y, width, height) into corners."
+            )
+            raise ValueError(msg)
+        return found
 
     def points(self, shape: tuple[int, int]) -> np.ndarray:
         """Grid of points (n, 2), x and y in px."""
