@@ -162,7 +162,7 @@ def _head(out: Path, settings: dict[str, Any]) -> list[str]:
         "at on fluorescence images of BBBC038 outside the test images; 0.0005 for Swin-Tiny and 0.002 for EfficientNet-Lite0, not tuned). *No distillation* learns "
         f"{settings['n_labelled']} labelled patches; *distilled* learns the teacher's maps of all transfer patches",
         "and the same labelled patches. Foreground begins at the probability at which Dice is best on the run's own labelled patches for distilled students, at 0.5 for the",
-        "others (`hn.seg.best_threshold`, {doc}`../segmentation`). Figures are means over held-out images, then mean ± SD over seeds, each with labelled patches of its",
+        "others (`hn.seg.best_threshold`, which also asks that the gain over 0.5 exceeds its standard error; {doc}`../segmentation`). Figures are means over held-out images, then mean ± SD over seeds, each with labelled patches of its",
         "own. *Gap closed* is the gain in Dice over the gap between no distillation and the teacher, at equal steps; `best.gap_closed` in the figures counts from the",
         "baseline's best schedule instead, among students with the most seeds. *Ratio* is Dice over the teacher's.",
         "HD95 counts an image in which nothing is found with its diagonal. What it all means is read in {doc}`seg_cross_modal_reading`.",

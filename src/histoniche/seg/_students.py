@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from histoniche._random import isolated_rng
 from histoniche.encoders._lite0 import efficientnet_lite0_weights
@@ -17,7 +18,9 @@ from ._access import StudentAccessError, need_package
 from ._targets import OUTPUTS
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from collections.abc import Sequence
+
+    from torch import Tensor
 
 DECODER_CHANNELS = (128, 64, 32, 16, 16)
 """Half as wide as the library's: on 2 cores a third faster."""
@@ -46,7 +49,8 @@ def build_student(
 ) -> nn.Module:
     """Make a network of segmentation-models-pytorch over an encoder of timm.
 
-    A U-Net; over a plain vision Transformer a DPT, which reads four of its blocks.
+    A U-Net; over a plain vision Transformer a DPT, which reads four of its blocks, each feature of which is brought to mean 0 and
+    standard deviation 1 first.
 
     Parameters
     ----------
@@ -98,7 +102,7 @@ def build_student(
     if is_plain_vit(name):
         network, width = smp.DPT, decoder_channels[0]
         options |= {
-            "dynamic_img_size": True, "decoder_fusion_channels": width // 4,
+            "dynamic_img_size": True, "decoder_readout": "ignore", "decoder_fusion_channels": width // 4,
             "decoder_intermediate_channels": (width // 4, width // 2, width, width),
         }  # fmt: skip
     else:
@@ -120,9 +124,41 @@ def build_student(
             "pretrained=False to start from random weights."
         )
         raise StudentAccessError(msg) from error
+    if is_plain_vit(name):
+        module.decoder = Calibrated(module.decoder, module.encoder.out_channels)
     if weights is not None:
         _check_loaded(module.encoder, Path(weights), encoder)
     return module
+
+
+class Calibrated(nn.Module):
+    """A DPT's decoder whose features have mean 0 and standard deviation 1.
+
+    Where a Transformer was pretrained, what differs from place to place is a few percent of its features: their mean is far
+    larger (after 250 steps of MAE, standard deviation 28 over all of a block's output, 0.7 over places), and a decoder that
+    starts at random hardly learns to see past it.
+
+    Parameters
+    ----------
+    decoder
+        The decoder; of the features and their tokens.
+    widths
+        Features of each block.
+
+    References
+    ----------
+    Normalisation without scale and offset before a decoder: He et al. 2022, arXiv 2111.06377, appendix A.1.
+    """
+
+    def __init__(self, decoder: nn.Module, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.decoder = decoder
+        # Scales of 1 and offsets of 0 that stay, since ONNX cannot do without.
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width).requires_grad_(requires_grad=False) for width in widths)
+
+    def forward(self, features: Sequence[Tensor], tokens: Any) -> Tensor:
+        """Decode features (B, c, h, w) of the blocks; the tokens beside them are handed on."""
+        return self.decoder([norm(maps) for norm, maps in zip(self.norms, features, strict=True)], tokens)
 
 
 def is_plain_vit(encoder: str) -> bool:
