@@ -69,6 +69,7 @@ def test_unknown_command_exits_2(capsys: pytest.CaptureFixture) -> None:
         (KeyError("no 'he'"), "no 'he'"),
         (ValueError("two\n  lines"), "two lines"),
         (RuntimeError(), "RuntimeError"),
+        (FloatingPointError("scVI diverged"), "scVI diverged"),
     ],
 )
 def test_errors_are_one_line(monkeypatch, capsys, error: Exception, line: str) -> None:

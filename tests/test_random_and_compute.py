@@ -85,3 +85,10 @@ def test_what_has_not_begun_is_not_made_after_an_early_end() -> None:
     assert next(items) == 0
     items.close()
     assert len(made) <= 3
+
+
+def test_seed_of_numpy_is_that_of_python() -> None:
+    with isolated_rng(3):
+        expected = draws()
+    with isolated_rng(np.int64(3)):
+        assert draws() == expected

@@ -7,7 +7,7 @@ import pytest
 from geopandas import GeoDataFrame
 from shapely import Point
 from spatialdata import SpatialData
-from spatialdata.models import Image2DModel, ShapesModel, TableModel
+from spatialdata.models import Image2DModel, Image3DModel, ShapesModel, TableModel
 from spatialdata.transformations import Affine, Identity, Scale, Sequence, Translation
 
 from histoniche import _sdata
@@ -56,6 +56,43 @@ def test_provenance_can_be_written_and_names_the_origin(tmp_path) -> None:
     assert _sdata.origin(again, "obsm", "one")["params"]["n"] == 3
     assert _sdata.origin(again, "obsm", "two")["params"]["n"] == 5
     assert set(again.uns["histoniche"]) == {"step", "step.one"}
+
+
+def embed(adata: ad.AnnData, key: str, um_per_px: float) -> None:
+    target_of(adata).write("embedding", params={"um_per_px": um_per_px}, obsm={key: np.zeros((adata.n_obs, 1))})
+
+
+@pytest.mark.parametrize("kind", ["memory", "h5ad", "zarr"])
+def test_origin_of_a_field_is_the_last_step_that_wrote_it(tmp_path, kind: str) -> None:
+    adata = cells()
+    embed(adata, "X_he", 0.5)
+    embed(adata, "X_other", 1.0)
+    embed(adata, "X_he", 1.0)
+    if kind == "h5ad":
+        adata.write_h5ad(tmp_path / "a.h5ad")
+        adata = ad.read_h5ad(tmp_path / "a.h5ad")
+    elif kind == "zarr":
+        adata.write_zarr(tmp_path / "a.zarr")
+        adata = ad.read_zarr(tmp_path / "a.zarr")
+    entries = dict(adata.uns["histoniche"])
+    for order in (list(entries), list(reversed(entries)), sorted(entries), sorted(entries, reverse=True)):
+        adata.uns["histoniche"] = {name: entries[name] for name in order}
+        assert _sdata.origin(adata, "obsm", "X_he")["params"]["um_per_px"] == 1.0
+        assert _sdata.origin(adata, "obsm", "X_other")["params"]["um_per_px"] == 1.0
+    assert {name: list(entry["outputs"]) for name, entry in entries.items()} == {
+        "embedding": ["obsm/X_he"], "embedding.X_other": ["obsm/X_other"],
+    }  # fmt: skip
+
+
+def test_step_that_overwrites_one_field_of_another_takes_that_alone() -> None:
+    adata = cells()
+    target_of(adata).write("one", params={}, obs={"a": np.zeros(5), "b": np.zeros(5)})
+    target_of(adata).write("two", params={}, obs={"b": np.ones(5)})
+    assert list(adata.uns["histoniche"]["one"]["outputs"]) == ["obs/a"]
+    target_of(adata).write("two", params={}, obs={"a": np.ones(5)})
+    assert {name: list(e["outputs"]) for name, e in adata.uns["histoniche"].items()} == {
+        "two.b": ["obs/b"], "two": ["obs/a"],
+    }  # fmt: skip
 
 
 def test_copy_of_spatialdata_shares_images_but_not_the_table() -> None:
@@ -135,3 +172,18 @@ def test_transformation_that_is_not_affine(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(_sdata, "get_transformation", lambda *_, **__: {"um": Warp()})
     with pytest.raises(ValueError, match="is a Warp, which is not affine"):
         _sdata.image(sdata_with(np.zeros((3, 8, 8), dtype=np.uint8), Identity()), "he")
+
+
+def test_image_must_be_2d() -> None:
+    pixels = np.zeros((3, 4, 20, 20), dtype=np.uint8)
+    for factors in (None, [2]):
+        stack = Image3DModel.parse(pixels, dims=("c", "z", "y", "x"), scale_factors=factors)
+        with pytest.raises(ValueError, match=r"images\['he'\] has the axes .*'z'.* a 2D image \(c, y, x\) is needed"):
+            _sdata.image(SpatialData.init_from_elements({"he": stack}), None)
+
+
+def test_views_are_refused_only_where_results_would_be_lost() -> None:
+    view = cells()[:3]
+    assert _sdata.open_target(view, table_key=None, copy=False, writes=False).table is view
+    with pytest.raises(ValueError, match="is a view"):
+        target_of(view)

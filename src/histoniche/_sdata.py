@@ -82,20 +82,30 @@ class Target:
             store = getattr(self.table, slot)
             for key, value in values.items():
                 store[str(key)] = value
-        entry = {
+        entry: dict[str, Any] = {
             "params": _serialisable(params),
             "inputs": _serialisable(inputs or {}),
             "outputs": [f"{slot}/{key}" for slot, values in slots.items() for key in values],
             "versions": _versions(),
         }
-        entries = dict(self.table.uns.get(str(_keys.PROVENANCE), {}))
-        earlier = entries.get(step)
-        if earlier is not None and list(earlier["outputs"]) != entry["outputs"]:
-            # The same function with another key_added: its results are still there, so their origin stays too.
-            entries[f"{step}.{earlier['outputs'][0].split('/')[-1]}"] = earlier
-        entries[step] = entry
-        self.table.uns[str(_keys.PROVENANCE)] = entries
+        entries = _without(self.table.uns.get(str(_keys.PROVENANCE), {}), entry["outputs"], step)
+        self.table.uns[str(_keys.PROVENANCE)] = {**entries, step: entry}
         return self.data if self.copied else None
+
+
+def _without(entries: Mapping[str, Any], outputs: list[str], step: str) -> dict[str, Any]:
+    """Entries without their claims to fields that a step has written; those with none left are dropped."""
+    out: dict[str, Any] = {}
+    for name, entry in entries.items():
+        left = [field for field in entry["outputs"] if field not in outputs]
+        if left and name == step:
+            # The same function with another key_added: its other results are still there, so their origin stays too.
+            name = f"{step}.{left[0].split('/')[-1]}"
+            while name in entries:
+                name += "_"
+        if left:
+            out[name] = {**entry, "outputs": left}
+    return out
 
 
 def _versions() -> dict[str, str]:
@@ -135,7 +145,7 @@ def origin(table: AnnData, slot: str, key: str) -> dict[str, Any] | None:
     return None
 
 
-def open_target(data: SpatialData | AnnData, *, table_key: str | None, copy: bool) -> Target:
+def open_target(data: SpatialData | AnnData, *, table_key: str | None, copy: bool, writes: bool = True) -> Target:
     """Resolve the table of the object that a public function was given.
 
     Parameters
@@ -146,13 +156,15 @@ def open_target(data: SpatialData | AnnData, *, table_key: str | None, copy: boo
         Name of the table; may be left out where there is just one.
     copy
         Whether results go to a copy. Only the table is copied; images and shapes are shared with the original.
+    writes
+        Whether there are results to write: then a view is refused, in which they would be lost.
     """
     if isinstance(data, AnnData):
         if table_key is not None:
             msg = f"table_key={table_key!r} was given with an AnnData, which is itself the table: leave it out."
             raise ValueError(msg)
         table = data.copy() if copy else data
-        return Target(table, _writable(table), copy)
+        return Target(table, _checked(table, writes=writes), copy)
     if not isinstance(data, SpatialData):
         msg = f"Expected a SpatialData or an AnnData, got {type(data).__name__}."
         raise TypeError(msg)
@@ -162,7 +174,7 @@ def open_target(data: SpatialData | AnnData, *, table_key: str | None, copy: boo
         data = SpatialData.init_from_elements(
             {**elements, table_key: data.tables[table_key].copy()}, attrs=dict(data.attrs)
         )
-    return Target(data, _writable(data.tables[table_key]), copy)
+    return Target(data, _checked(data.tables[table_key], writes=writes), copy)
 
 
 def _resolve_table_key(sdata: SpatialData, table_key: str | None) -> str:
@@ -181,8 +193,8 @@ def _resolve_table_key(sdata: SpatialData, table_key: str | None) -> str:
     return table_key
 
 
-def _writable(table: AnnData) -> AnnData:
-    if table.is_view:
+def _checked(table: AnnData, *, writes: bool) -> AnnData:
+    if writes and table.is_view:
         msg = "The table is a view of another AnnData, so results would be lost: pass a copy (`adata = adata[...].copy()`)."
         raise ValueError(msg)
     if table.n_obs == 0:
@@ -300,19 +312,17 @@ def streamed_features(table: AnnData, key: str) -> np.ndarray | FeatureSource:
     """As :func:`features`; an embedding that was left on disk is read from its store, batch by batch."""
     if not isinstance(table.obsm.get(key), da.Array):
         return features(table, key)
-    place = ((origin(table, "obsm", key) or {}).get("params") or {}).get("store")
-    if place is None:
+    params = (origin(table, "obsm", key) or {}).get("params") or {}
+    if "lazy_name" not in params:
         return features(table, key)
+    if params["lazy_name"] != table.obsm[key].name:
+        # Cells were selected or reordered: the store still has them all, as they were.
+        from .models._features import Lazy
+
+        return Lazy(table.obsm[key])
     from .encoders import FeatureStore
 
-    store = FeatureStore(place)
-    if store.shape != table.obsm[key].shape:
-        msg = (
-            f"obsm[{key!r}] has {table.obsm[key].shape[0]} cells, its feature store {str(place)!r} has {store.shape[0]}: "
-            f"keep the selected cells in memory, `table.obsm[{key!r}] = table.obsm[{key!r}].compute()`."
-        )
-        raise ValueError(msg)
-    return store
+    return FeatureStore(params["store"])
 
 
 def niche_graph(table: AnnData) -> tuple[NeighborGraph, float] | None:
@@ -377,12 +387,15 @@ def image(sdata: SpatialData, image_key: str | None, *, n_channels: int | None =
     KeyError
         No image, or none of this name.
     ValueError
-        Several images and no name; an image that is not RGB uint8; no, non-affine or strongly anisotropic
+        Several images and no name; an image that is not 2D, or not RGB uint8; no, non-affine or strongly anisotropic
         transformation to the micrometre coordinate system.
     """
     key = resolve_image_key(sdata, image_key)
     element = sdata.images[key]
     scales = _scales(element)
+    if scales[0].ndim != 3:
+        msg = f"images[{key!r}] has the axes {scales[0].dims} {scales[0].shape}; a 2D image (c, y, x) is needed: select or project z."
+        raise ValueError(msg)
     if n_channels is not None:
         _check_rgb(key, scales[0], n_channels)
     px_to_um = _um_transformation(element, key)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
 # What a wrong input or a missing piece raises; anything else is a defect of the package and keeps its traceback.
-_USER_ERRORS = (ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError)
+_USER_ERRORS = (FloatingPointError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError)
 _DEMO_ENCODER = "efficientnet-lite0"
 _DEMO_FILES = {"tissue": "tissue.zarr", "model": "model", "map": "niche_map.png"}
 _DOCTOR_PACKAGES = (

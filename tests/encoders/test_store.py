@@ -206,3 +206,17 @@ def test_features_that_float16_cannot_hold(tmp_path: Path, blocks: list[np.ndarr
         made.write(0, values)
     assert not made.done(0)
     assert not _chunk_file(made, 0).exists()
+
+
+def test_an_empty_folder_becomes_the_store_and_a_full_one_is_left_alone(
+    tmp_path: Path, blocks: list[np.ndarray]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    made = FeatureStore.open_or_create(tmp_path / "empty", blocks, DIM, CONTRACT, "print")
+    assert made.shape == (sum(SIZES), DIM)
+    assert FeatureStore(tmp_path / "empty").fingerprint == "print"
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(FileNotFoundError, match=r"no feature store at .*full"):
+        FeatureStore.open_or_create(tmp_path / "full", blocks, DIM, CONTRACT, "print")
+    assert _snapshot(tmp_path / "full") == {"notes.txt": b"mine"}

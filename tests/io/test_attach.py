@@ -62,6 +62,17 @@ def test_alpha_is_dropped_with_a_warning(sdata, tmp_path, suffix):
     assert np.array_equal(pixels(sdata).values, RGB.transpose(2, 0, 1))
 
 
+def test_plain_files_may_be_larger_than_pillow_trusts(sdata, tmp_path, monkeypatch):
+    monkeypatch.setattr(PillowImage, "MAX_IMAGE_PIXELS", 100)
+    PillowImage.fromarray(RGB).save(tmp_path / "he.png")
+    attach_image(sdata, tmp_path / "he.png", um_per_px=0.5)
+    assert np.array_equal(pixels(sdata).values, RGB.transpose(2, 0, 1))
+    (tmp_path / "broken.png").write_bytes(b"not a png")
+    with pytest.raises(ValueError, match="cannot be read"):
+        attach_image(sdata, tmp_path / "broken.png", um_per_px=0.5, key_added="broken")
+    assert PillowImage.MAX_IMAGE_PIXELS == 100
+
+
 def test_ome_tells_channels_and_pixel_size(sdata, tmp_path):
     stains = np.random.default_rng(0).integers(0, 4000, (4, 90, 100), dtype=np.uint16)
     metadata = {

@@ -124,3 +124,19 @@ def test_collapse_is_noticed_and_undone(tissue: tuple, monkeypatch: pytest.Monke
     assert len(result.history["loss"]) == 1
     np.testing.assert_array_equal(result.logits.argmax(1), result.start)
     assert effective_number(result.logits.argmax(1)) > 2
+
+
+def test_without_neighbors_or_differences_there_are_no_niches(tissue: tuple) -> None:
+    features, graph, xy, _ = tissue
+    with pytest.raises(ValueError, match="No two of the 1500 cells are neighbours"):
+        fit_nolan(features, radius_graph(xy, 1e-6), xy, 3, radius=1e-6, **QUICK)
+    with pytest.raises(ValueError, match="features of all 1500 training cells are the same"):
+        fit_nolan(np.ones_like(features), graph, xy, 3, radius=RADIUS, **QUICK)
+
+
+def test_integers_of_numpy(tissue: tuple) -> None:
+    features, graph, xy, _ = tissue
+    one = fit_nolan(features, graph, xy, 3, radius=RADIUS, seed=2, **{**QUICK, "n_steps": 2})
+    numbers = {name: np.int64(value) for name, value in {**QUICK, "n_steps": 2}.items()}
+    two = fit_nolan(features, graph, xy, np.int64(3), radius=RADIUS, seed=np.int64(2), **numbers)
+    np.testing.assert_array_equal(one.logits, two.logits)

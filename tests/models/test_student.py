@@ -172,3 +172,31 @@ def test_constant_and_extreme_features(tissue: tuple) -> None:
     broken[:, 0] = np.inf
     with pytest.raises(FloatingPointError, match="the loss is nan at step 0"):
         student().fit(broken, graph, xy, logits, n_steps=5, batch_size=32)
+
+
+@pytest.mark.parametrize("niches", [["a"], ["a", "b", "c"], ["a", "a"]])
+def test_as_many_names_as_niches(niches: list[str], trained: NicheStudent, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="must be n_niches=2 names"):
+        student(niches=niches)
+    trained.save(tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "niches": niches}))
+    with pytest.raises(ValueError, match=r"is damaged: config\.json .* must be n_niches=2 names"):
+        NicheStudent.load(tmp_path / "m")
+
+
+def test_numbers_of_numpy_are_written(tmp_path: Path) -> None:
+    config = StudentConfig(6, 2, np.float32(12), width=np.int64(16), heads=2, training={"scale": np.arange(2)})
+    NicheStudent(config).save(tmp_path / "m")
+    found = NicheStudent.load(tmp_path / "m").config
+    assert (found.width, found.radius, found.training) == (16, 12.0, {"scale": [0, 1]})
+
+
+def test_settings_of_a_training_are_checked(tissue: tuple) -> None:
+    for name, value in {"batch_size": 0, "lr": 0.0, "n_steps": 0, "seed": -1}.items():
+        with pytest.raises(ValueError, match=f"{name}={value} must be"):
+            student().fit(*tissue, **{name: value})
+    with pytest.raises(TypeError, match=r"batch_size=2\.5 must be a whole number"):
+        student().fit(*tissue, batch_size=2.5)
+    with pytest.raises(ValueError, match="width=16 must be a multiple of the 3 heads: 18"):
+        NicheStudent(StudentConfig(6, 2, RADIUS, width=16, heads=3))

@@ -43,3 +43,8 @@ def test_bad_input(table):
     table.obs = table.obs.drop(columns="split")
     with pytest.raises(KeyError, match="split"):
         confusion(table)
+
+
+def test_view(table):
+    test = table[table.obs["split"] == "test"]
+    assert np.allclose(confusion(test).axes[0].images[0].get_array(), confusion(table).axes[0].images[0].get_array())

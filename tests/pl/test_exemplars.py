@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from histoniche.pl import exemplars
-from histoniche.pl._exemplars import _spread
+from histoniche.pl._exemplars import _crowd, _spread
 
 
 def crops(figure, k, n):
@@ -96,3 +96,39 @@ def test_bad_input(sdata, table):
         exemplars(sdata, by="certainty")
     with pytest.raises(TypeError, match="AnnData"):
         exemplars(table)
+
+
+def two_images(sdata, two_slides, image_at):
+    sdata.images["other"] = image_at(-10.0)
+    del sdata.tables["table"]
+    sdata.tables["table"] = two_slides
+    return sdata
+
+
+def test_each_slide_shows_its_own_image(sdata, two_slides, image_at):
+    sdata = two_images(sdata, two_slides, image_at)
+    with pytest.raises(ValueError, match=r"\['he', 'other'\]: give a mapping"):
+        exemplars(sdata, image_key="he")
+    figure = exemplars(sdata, image_key={"liver": "he", "lung": "other"}, n=4, field_of_view=48.0)
+    table = sdata["table"]
+    shift = np.where(table.obs["region"] == "liver", 20.0, 10.0)[:, None]
+    seen = (table.obsm["spatial"] + shift) / 0.6 / 4  # what the middle of a cell's crop shows
+    slides = set()
+    for k in range(3):
+        for crop in crops(figure, k, 4):
+            of_niche = np.flatnonzero(table.obs["niche"] == str(k))
+            distance = np.abs(seen[of_niche] - crop[40, 40, :2]).max(axis=1)
+            assert distance.min() <= 1.5
+            slides.add(table.obs["region"].iloc[of_niche[distance.argmin()]])
+    assert slides == {"liver", "lung"}
+
+
+def test_crowding_is_that_of_the_own_slide():
+    near = np.array([[0.0, 0.0], [1.0, 0.0], [50.0, 0.0], [0.5, 0.0], [0.6, 0.0], [0.7, 0.0]])
+    slides = [np.array([0, 1, 2]), np.array([3, 4, 5])]
+    assert _crowd(near, slides, 10.0).tolist() == [2, 2, 1, 3, 3, 3]
+
+
+def test_view(sdata):
+    sdata.tables["table"] = sdata["table"][sdata["table"].obs["niche"] != "1"]
+    assert [ax.get_ylabel() for ax in exemplars(sdata, n=2).axes[::2]] == ["0", "2"]

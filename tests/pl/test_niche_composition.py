@@ -43,3 +43,11 @@ def test_bad_input(table):
         niche_composition(table, cell_type_key="type")
     with pytest.raises(ValueError, match="No cell has both"):
         niche_composition(table, cell_type_key="cell_type", split="validation")
+
+
+def test_view(table):
+    test = table[table.obs["split"] == "test"]
+    whole = niche_composition(table, cell_type_key="cell_type", split="test")
+    shown = niche_composition(test, cell_type_key="cell_type")
+    assert np.allclose(shown.axes[0].images[0].get_array(), whole.axes[0].images[0].get_array())
+    assert [p.get_width() for p in shown.axes[1].patches] == [p.get_width() for p in whole.axes[1].patches]

@@ -145,6 +145,60 @@ def test_draws_into_axes(table):
         niche_map(table, ax=ax)
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_figure_of_given_axes_is_saved_and_stays_open(table, tmp_path, nested):
+    figure = plt.figure()
+    ax = (figure.subfigures(1, 2)[0] if nested else figure).subplots()
+    niche_map(table, keys="niche", ax=ax, save=tmp_path / "map.png")
+    assert (tmp_path / "map.png").stat().st_size > 0
+    assert plt.fignum_exists(figure.number)
+
+
+def test_by_default_the_niches_that_exist(table):
+    for key in ("niche", "niche_teacher"):
+        only = table.copy()
+        del only.obs[key]
+        (other,) = {"niche", "niche_teacher"} - {key}
+        assert [ax.get_title() for ax in used(niche_map(only))] == [other]
+    del table.obs["niche"], table.obs["niche_teacher"]
+    with pytest.raises(KeyError, match=r"neither 'niche_teacher' nor 'niche'.*keys=.*cell_type"):
+        niche_map(table)
+
+
+def test_view(table, sdata):
+    view = table[table.obs["split"] == "test"]
+    (drawn,) = cells(used(niche_map(view, keys="niche"))[0])
+    assert np.allclose(drawn.get_offsets(), table.obsm["spatial"][(table.obs["split"] == "test").to_numpy()])
+    assert view.is_view
+    sdata.tables["table"] = sdata["table"][:50]
+    assert [len(c.get_offsets()) for ax in used(niche_map(sdata)) for c in cells(ax)] == [50, 50]
+
+
+def unfit(kind):
+    from spatialdata.models import Image2DModel, Image3DModel
+    from spatialdata.transformations import Identity
+
+    shape = {"stain": (1, 40, 50), "uint16": (3, 40, 50), "3d": (3, 4, 40, 50)}.get(kind, (3, 40, 50))
+    pixels = np.zeros(shape, dtype=np.uint16 if kind == "uint16" else np.uint8)
+    model = Image3DModel if kind == "3d" else Image2DModel
+    system = "global" if kind == "no um" else "um"
+    return model.parse(
+        pixels, dims=("c", "z", "y", "x") if kind == "3d" else ("c", "y", "x"), transformations={system: Identity()}
+    )
+
+
+@pytest.mark.parametrize("kind", ["stain", "uint16", "3d", "no um"])
+def test_an_unfit_image_is_only_an_error_where_it_was_asked_for(sdata, kind):
+    del sdata.images["he"]
+    sdata.images["other"] = unfit(kind)
+    axes = used(niche_map(sdata))
+    assert [ax.get_title() for ax in axes] == ["niche_teacher", "niche"]
+    assert not any(ax.images for ax in axes)
+    assert np.allclose(cells(axes[0])[0].get_facecolors()[:, 3], 1)
+    with pytest.raises(ValueError, match="other"):
+        niche_map(sdata, image_key="other")
+
+
 def test_no_warnings_and_nothing_written(sdata, tmp_path):
     before = set(sdata["table"].uns), set(sdata["table"].obs)
     with warnings.catch_warnings():

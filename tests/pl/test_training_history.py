@@ -39,3 +39,7 @@ def test_bad_input(table):
     del table.uns["niche_history"]
     with pytest.raises(KeyError, match=r"hn\.tl\.nolan"):
         training_history(table)
+
+
+def test_view(table):
+    assert np.allclose(training_history(table[:9]).axes[0].lines[0].get_ydata(), np.linspace(2, 1, 100))

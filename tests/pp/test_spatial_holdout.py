@@ -7,6 +7,7 @@ import pytest
 from scipy.spatial.distance import cdist
 
 import histoniche as hn
+from histoniche._sdata import origin
 
 
 def cells(n: int = 4000, *, height: float = 1000.0) -> ad.AnnData:
@@ -115,3 +116,15 @@ def test_copy() -> None:
     copy = hn.pp.spatial_holdout(adata, target_neighbors=15, copy=True)
     assert "split" in copy.obs
     assert "split" not in adata.obs
+
+
+def test_two_splits_keep_their_own_provenance() -> None:
+    adata = cells()
+    for key, width in (("split", 40.0), ("other", 60.0), ("split", 50.0)):
+        hn.pp.spatial_holdout(adata, target_neighbors=15, field_of_view=20.0, buffer=width, key_added=key)
+    for key, width in (("split", 50.0), ("other", 60.0)):
+        found = origin(adata, "obs", key)["params"]
+        assert (found["buffer"], found["target_neighbors"]) == (width, 15)
+    assert set(adata.uns["histoniche"]) == {"spatial_holdout", "spatial_holdout.other"}
+    adata.uns["histoniche"] = dict(reversed(adata.uns["histoniche"].items()))
+    assert origin(adata, "obs", "split")["params"]["buffer"] == 50.0

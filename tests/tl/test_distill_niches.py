@@ -2,7 +2,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 import spatialdata as sd
 from scipy import sparse
@@ -12,7 +14,10 @@ from spatialdata.models import Image2DModel, TableModel
 from spatialdata.transformations import Affine, Identity
 
 import histoniche as hn
+from histoniche._sdata import open_target, streamed_features
 from histoniche.models import NicheStudent
+from histoniche.models._features import take
+from histoniche.tl import _distill_niches
 
 QUICK = {"n_niches": 3, "encoder": "efficientnet-lite0", "mode": "dense", "n_steps": 40, "batch_size": 64, "width": 32}
 
@@ -225,6 +230,8 @@ def test_features_left_on_disk_teach_the_same_student(embedded: SpatialData, tmp
 
 def test_context_is_what_the_buffer_allows(embedded: SpatialData, tmp_path: Path) -> None:
     """The buffer of two radii and a field of view leaves two hops; without a split, nothing forbids four."""
+    holdout = embedded["table"].uns["histoniche"]["spatial_holdout"]["params"]
+    hn.pp.spatial_neighbors(embedded, radius=1.09 * holdout["radius"])  # training cells alone give a little more
     hn.tl.distill_niches(embedded, model_dir=tmp_path / "with", **QUICK)
     del embedded["table"].obs["split"]
     hn.tl.distill_niches(embedded, model_dir=tmp_path / "without", **QUICK)
@@ -249,3 +256,180 @@ def test_bad_context(embedded: SpatialData, context: list, message: str) -> None
     with pytest.raises(ValueError, match=message):
         hn.tl.distill_niches(embedded, context=context, **QUICK)
     assert snapshot(embedded) == before
+
+
+def test_context_is_measured_in_radii_of_the_graph(embedded: SpatialData) -> None:
+    """A graph of a larger radius than the hold-out's reads further than its buffer was made for."""
+    params = embedded["table"].uns["histoniche"]["spatial_holdout"]["params"]
+    hn.pp.spatial_neighbors(embedded, radius=1.5 * params["radius"])
+    with pytest.raises(ValueError, match=rf"leaves 1 hops of the graph's {1.5 * params['radius']:.1f} um"):
+        hn.tl.distill_niches(embedded, context=[2], **QUICK)
+
+
+def hops_of(adata: ad.AnnData, radius: float, wanted: list[int] | None = None) -> list[int]:
+    return _distill_niches._context_hops(
+        open_target(adata, table_key=None, copy=False), "split", "spatial", wanted, radius
+    )
+
+
+def test_context_without_provenance_is_checked_against_the_cells() -> None:
+    """Of a split of unknown origin, the space between the nearest training and test cells of a slide counts."""
+    column = np.arange(0, 100, 10.0)
+    rows = [0.0, 10.0, 20.0, 300.0]
+    adata = ad.AnnData(np.ones((40, 1), dtype=np.float32))
+    adata.obsm["spatial"] = np.array([[x, y] for y in rows for x in column])
+    adata.obs["split"] = pd.Categorical(np.repeat(["train", "train", "buffer", "test"], 10))
+    # 290 um, less 56 um, are 7.8 radii of 30 um and 3.9 of 60 um: less the hop of consensus, 6 and 2 hops.
+    assert hops_of(adata, 30.0) == [2, 4]
+    assert hops_of(adata, 60.0) == [2]
+    with pytest.raises(ValueError, match="290 um, which leaves 2 hops"):
+        hops_of(adata, 60.0, [3])
+    # On different slides, cells are never near one another.
+    adata.obs["region"] = np.repeat(["a", "b"], [30, 10])
+    adata.uns["spatialdata_attrs"] = {"region": ["a", "b"], "region_key": "region", "instance_key": "id"}
+    assert hops_of(adata, 1000.0, [9]) == [9]
+
+
+def test_split_without_any_space_is_told() -> None:
+    adata = ad.AnnData(np.ones((60, 1), dtype=np.float32))
+    adata.obsm["spatial"] = np.random.default_rng(0).uniform(0, 100, (60, 2))
+    adata.obs["split"] = np.tile(["train", "test"], 30)
+    with pytest.warns(UserWarning, match=r"less than the radius of 30\.0 um.*flatter the student"):
+        assert hops_of(adata, 30.0) == []
+
+
+def test_missing_graph_takes_the_radius_of_the_holdout_with_the_same_target() -> None:
+    adata = ad.AnnData(np.ones((900, 1), dtype=np.float32))
+    adata.obsm["spatial"] = np.random.default_rng(0).uniform(0, 300, (900, 2))
+    hn.pp.spatial_holdout(adata, target_neighbors=12, field_of_view=10.0)
+    params = adata.uns["histoniche"]["spatial_holdout"]["params"]
+    target = open_target(adata, table_key=None, copy=False)
+    same = _distill_niches._wanted_radius(target, "split", "spatial", 12, 0)
+    other = _distill_niches._wanted_radius(target, "split", "spatial", 20, 0)
+    assert same == params["radius"]
+    hn.pp.spatial_neighbors(adata, target_neighbors=20)
+    assert other == adata.uns["niche_neighbors"]["params"]["radius"] > 1.2 * same
+
+
+# ---------------------------------------------------------------------------------------------------- names of niches
+def with_teacher(names: list[str], codes: np.ndarray, recorded: list[str] | None) -> ad.AnnData:
+    adata = ad.AnnData(np.ones((len(codes), 1), dtype=np.float32))
+    params = {} if recorded is None else {"niches": recorded}
+    target = open_target(adata, table_key=None, copy=False)
+    logits = np.eye(3, dtype=np.float32)[codes]
+    target.write("nolan", params=params, obsm={"niche_logits_teacher": logits})
+    adata.obs["niche_teacher"] = pd.Categorical.from_codes(codes, names)
+    return adata
+
+
+def test_names_stay_with_the_logits() -> None:
+    adata = with_teacher(["0", "1", "2"], np.array([0, 1, 2, 2]), ["0", "1", "2"])
+    part = adata[[0, 2, 3]].copy()
+    assert list(part.obs["niche_teacher"].cat.categories) == ["0", "2"]
+    assert _distill_niches.teacher_names(part, 3) == ["0", "1", "2"]
+    renamed = with_teacher(["stroma", "islet", "duct"], np.array([0, 1, 2]), ["0", "1", "2"])
+    assert _distill_niches.teacher_names(renamed, 3) == ["stroma", "islet", "duct"]
+    assert _distill_niches.teacher_names(with_teacher(["a", "b", "c"], np.array([0, 1, 2]), None), 3) == ["a", "b", "c"]
+
+
+def test_student_of_a_subset_keeps_the_names(embedded: SpatialData) -> None:
+    adata = embedded["table"][(embedded["table"].obs["niche_teacher"] != "1").to_numpy()].copy()
+    assert list(adata.obs["niche_teacher"].cat.categories) == ["0", "2"]
+    hn.tl.distill_niches(adata, **{**QUICK, "n_steps": 5})
+    assert list(adata.obs["niche"].cat.categories) == ["0", "1", "2"]
+    np.testing.assert_array_equal(adata.obs["niche"].cat.codes, adata.obsm["niche_logits"].argmax(1))
+    assert NicheStudent.load(adata.uns["niche_model"]).config.niches == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "error", "message"),
+    [
+        ("missing", KeyError, "obs\\['niche_teacher'\\], the niches of obsm\\['niche_logits_teacher'\\], is missing"),
+        ("text", TypeError, "not categorical, so the order of the niches is unknown"),
+        ("unrecorded", ValueError, "has 2 categories, \\['0', '2'\\], for the 3 columns .*set_categories"),
+    ],
+)
+def test_teacher_without_its_names(embedded: SpatialData, spoilt: str, error: type[Exception], message: str) -> None:
+    adata = embedded["table"].copy()
+    if spoilt == "missing":
+        del adata.obs["niche_teacher"]
+    elif spoilt == "text":
+        adata.obs["niche_teacher"] = np.asarray(adata.obs["niche_teacher"].astype(str), dtype=object)
+    else:
+        del adata.uns["histoniche"]["nolan"]
+        adata = adata[(adata.obs["niche_teacher"] != "1").to_numpy()].copy()
+    with pytest.raises(error, match=message):
+        hn.tl.distill_niches(adata, **QUICK)
+    assert "niche" not in adata.obs
+
+
+# ----------------------------------------------------------------------------------------------------------- settings
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("width", 97, "width=97 must be a multiple of the 4 heads: 100"),
+        ("depth", 0, "depth=0 must be at least 1"),
+        ("batch_size", 0, "batch_size=0 must be at least 1"),
+        ("n_steps", 0, "n_steps=0 must be at least 1"),
+        ("lr", -1.0, "lr=-1.0 must be positive"),
+        ("temperature", 0.0, "temperature=0.0 must be positive"),
+        ("seed", -1, "seed=-1 must be at least 0"),
+        ("mode", "tiles", "mode='tiles' is unknown"),
+        ("layer", "raw", "layer='raw' is not among the layers"),
+    ],
+)
+def test_bad_settings_are_told_before_anything_runs(
+    tissue: SpatialData, setting: str, value: object, message: str
+) -> None:
+    before = snapshot(tissue)
+    with pytest.raises((ValueError, KeyError), match=message):
+        hn.tl.distill_niches(tissue, use_rep="X_niche_pca", **{**QUICK, setting: value})
+    assert snapshot(tissue) == before
+
+
+def test_integers_of_numpy(embedded: SpatialData, tmp_path: Path) -> None:
+    plain = hn.tl.distill_niches(embedded, copy=True, seed=3, **{**QUICK, "n_steps": 3})
+    numbers = {name: np.int64(value) if isinstance(value, int) else value for name, value in QUICK.items()}
+    hn.tl.distill_niches(embedded, seed=np.int64(3), model_dir=tmp_path / "m", **{**numbers, "n_steps": np.int64(3)})
+    np.testing.assert_array_equal(embedded["table"].obsm["niche_logits"], plain["table"].obsm["niche_logits"])
+    assert NicheStudent.load(tmp_path / "m").config.training["seed"] == 3
+
+
+def test_counts_in_a_layer(embedded: SpatialData) -> None:
+    adata = embedded["table"].copy()
+    expected = adata.obsm["X_niche_pca"]
+    del adata.obsm["X_niche_pca"], adata.obsm["niche_logits_teacher"]
+    adata.layers["counts"] = adata.X.copy()
+    adata.X = sparse.csr_matrix(np.log1p(adata.X.toarray()))
+    with pytest.raises(ValueError, match="layer="):
+        hn.tl.distill_niches(adata, use_rep="X_niche_pca", **QUICK)
+    made = {}
+
+    def stop(table: ad.AnnData, **_: object) -> None:
+        made["X"] = table.obsm["X_niche_pca"]
+        raise StopIteration
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(StopIteration):
+        patch.setattr(_distill_niches, "nolan", stop)
+        hn.tl.distill_niches(adata, use_rep="X_niche_pca", layer="counts", **QUICK)
+    np.testing.assert_allclose(np.abs(made["X"][:, :8]), np.abs(expected), atol=1e-3)
+
+
+def test_selected_cells_keep_their_features_on_disk(embedded: SpatialData, tmp_path: Path) -> None:
+    key, table = "X_efficientnet-lite0", embedded["table"]
+    in_memory = table.obsm[key]
+    hn.tl.histology_embedding(
+        embedded, encoder="efficientnet-lite0", mode="dense", store=tmp_path / "store.zarr", in_memory=False
+    )
+    assert type(streamed_features(table.copy(), key)).__name__ == "FeatureStore"
+    order = np.random.default_rng(0).permutation(table.n_obs)
+    for rows in (order, order[:300]):
+        some = table[rows].copy()
+        assert not isinstance(some.obsm[key], np.ndarray)
+        np.testing.assert_array_equal(take(streamed_features(some, key), np.arange(len(rows))), in_memory[rows])
+    some = table[order].copy()
+    plain = some.copy()
+    plain.obsm[key] = in_memory[order]
+    for adata in (some, plain):
+        hn.tl.distill_niches(adata, **{**QUICK, "n_steps": 2})
+    np.testing.assert_array_equal(some.obsm["niche_logits"], plain.obsm["niche_logits"])

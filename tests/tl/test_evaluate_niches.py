@@ -1,19 +1,23 @@
 from __future__ import annotations
 
+import warnings
+
 import anndata as ad
-import dask.array as da
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import sparse
 
 from histoniche import metrics
+from histoniche._sdata import streamed_features
 from histoniche.encoders import FeatureStore
 from histoniche.models._baselines import BaselineResult
 from histoniche.models._linear_probe import PENALTIES, LinearProbe
 from histoniche.neighbors import neighborhood_mean, radius_graph
 from histoniche.tl import _baseline_fits as fits
+from histoniche.tl._distill_niches import learnt_from
 from histoniche.tl._evaluate_niches import evaluate_niches
+from histoniche.tl._histology_embedding import _lazy
 
 PROBES = ("histology_leiden", "probe_cell", "probe_neighborhood", "coordinates_only")
 BLOCK = 60.0
@@ -204,13 +208,14 @@ def test_features_on_disk_are_read_from_their_store(tmp_path):
     for number, rows in enumerate(blocks):
         store.write(number, half[rows])
     streamed = tissue()
-    streamed.obsm["X_enc"] = da.from_zarr(str(tmp_path / "x.zarr"), component="features")[:1200]
+    streamed.obsm["X_enc"] = _lazy(store)
     streamed.uns["histoniche"]["histology_embedding"] = {
-        "params": {"store": str(tmp_path / "x.zarr")},
+        "params": {"store": str(tmp_path / "x.zarr"), "lazy_name": streamed.obsm["X_enc"].name},
         "inputs": {},
         "outputs": ["obsm/X_enc"],
         "versions": {},
     }
+    assert isinstance(streamed_features(streamed, "X_enc"), FeatureStore)
     evaluate_niches(streamed, baselines=PROBES, n_boot=0)
     figures = ["ari", "nmi", "n_niches"]
     pd.testing.assert_frame_equal(streamed.uns["niche_evaluation"][figures], table.uns["niche_evaluation"][figures])
@@ -345,3 +350,36 @@ def test_bad_input_leaves_the_object_as_it_was(change, options, error, match):
 
 def test_sparse_graph_of_squidpy_is_read(done):
     assert sparse.issparse(done.obsp["niche_distances"])
+
+
+def distilled():
+    """The tissue with a record of what its student was distilled with."""
+    table = tissue()
+    table.obsm["niche_logits_teacher"] = np.eye(4, dtype=np.float32)[table.obs["niche_teacher"].cat.codes]
+    entry = table.uns["histoniche"]["distill_niches"]
+    entry["params"] = learnt_from(table, "split", "niche_logits_teacher")
+    entry["inputs"] |= {"teacher": "niche_logits_teacher", "split_key": "split"}
+    return table
+
+
+def changes(table):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        evaluate_niches(table, baselines=(), n_boot=0, seed=np.int64(0))
+    return [str(w.message).split(" is not what")[0] for w in caught if "was distilled with" in str(w.message)]
+
+
+def test_changes_since_distillation_are_told(tmp_path):
+    table = distilled()
+    table.write_h5ad(tmp_path / "a.h5ad")
+    order = np.random.default_rng(0).permutation(table.n_obs)
+    for same in (table, ad.read_h5ad(tmp_path / "a.h5ad"), table[order].copy(), table[order[:500]].copy()):
+        assert changes(same) == []
+    other = table.copy()
+    other.obs["split"] = other.obs["split"].cat.rename_categories({"train": "test", "test": "train"})
+    assert changes(other) == ["obs['split']"]
+    other = table.copy()
+    other.obsm["niche_logits_teacher"] = other.obsm["niche_logits_teacher"][:, ::-1].copy()
+    assert changes(other) == ["obsm['niche_logits_teacher']"]
+    del table.uns["histoniche"]["distill_niches"]["params"]["split_digest"]  # distilled without a split
+    assert changes(table) == ["obs['split']"]

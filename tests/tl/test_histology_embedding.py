@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 from spatialdata import SpatialData
 from spatialdata.models import Image2DModel, TableModel
@@ -166,3 +168,91 @@ def test_um_per_px_unknown() -> None:
 def test_anndata_has_no_image() -> None:
     with pytest.raises(TypeError, match="An image is needed, but an AnnData was given"):
         hn.tl.histology_embedding(tissue()["table"], **VIT)
+
+
+def two_slides(n_images: int = 2) -> SpatialData:
+    """Two slides whose rows alternate, with one image or two."""
+    sdata = tissue()
+    table = sdata["table"]
+    if n_images == 2:
+        flipped = Image2DModel.parse(pixels()[:, ::-1, ::-1].copy(), dims=("c", "y", "x"), transformations={"um": UM})
+        sdata.images["other"] = flipped
+    table.obs["region"] = pd.Categorical(["liver", "lung"] * 15)
+    table.obs["cell_id"] = np.arange(30)
+    table.uns["spatialdata_attrs"] = {"region": ["liver", "lung"], "region_key": "region", "instance_key": "cell_id"}
+    return sdata
+
+
+def test_one_image_for_several_slides_only_where_it_is_the_only_one() -> None:
+    key = "X_timm-vit_tiny_patch16_224"
+    one, alone = two_slides(n_images=1), tissue()
+    for sdata in (one, alone):
+        hn.tl.histology_embedding(sdata, mode="dense", **VIT)
+    np.testing.assert_array_equal(one["table"].obsm[key], alone["table"].obsm[key])
+    sdata = two_slides()
+    for name in (None, "he"):
+        message = r"2 slides of the table, \['liver', 'lung'\].*\['he', 'other'\]: give a mapping .*'liver': 'he'"
+        with pytest.raises(ValueError, match=message):
+            hn.tl.histology_embedding(sdata, image_key=name, mode="dense", **VIT)
+    assert key not in sdata["table"].obsm
+    # Stains cannot be meant.
+    stains = Image2DModel.parse(np.zeros((4, 320, 400), dtype=np.uint16), dims=("c", "y", "x"))
+    del sdata.images["other"]
+    sdata.images["stains"] = stains
+    hn.tl.histology_embedding(sdata, image_key="he", mode="dense", **VIT)
+    np.testing.assert_array_equal(sdata["table"].obsm[key], alone["table"].obsm[key])
+
+
+def test_each_slide_from_its_own_image(tmp_path: Path) -> None:
+    key = "X_timm-vit_tiny_patch16_224"
+    sdata, names = two_slides(), {"liver": "other", "lung": "he"}
+    hn.tl.histology_embedding(sdata, image_key=names, mode="dense", store=tmp_path / "f", **VIT)
+    assert {path.name for path in (tmp_path / "f").iterdir()} == {"he", "other"}
+    for slide, name in names.items():
+        alone = two_slides()
+        rows = (alone["table"].obs["region"] == slide).to_numpy()
+        table = alone["table"][rows].copy()
+        table.uns["spatialdata_attrs"]["region"] = [slide]
+        alone.tables["table"] = table
+        hn.tl.histology_embedding(alone, image_key=name, mode="dense", **VIT)
+        np.testing.assert_array_equal(sdata["table"].obsm[key][rows], alone["table"].obsm[key])
+    assert sdata["table"].uns["histoniche"]["histology_embedding"]["inputs"]["image_key"] == names
+    sdata["table"].write_h5ad(tmp_path / "a.h5ad")
+    with pytest.raises(KeyError, match=r"no image for the slides \['lung'\]"):
+        hn.tl.histology_embedding(sdata, image_key={"liver": "he"}, **VIT)
+    with pytest.raises(ValueError, match="in_memory=False is for one image, image_key names 2"):
+        hn.tl.histology_embedding(sdata, image_key=names, in_memory=False, store=tmp_path / "g", **VIT)
+    shared = hn.tl.histology_embedding(
+        sdata,
+        image_key={"liver": "he", "lung": "he"},
+        mode="dense",
+        in_memory=False,
+        store=tmp_path / "g",
+        copy=True,
+        **VIT,
+    )
+    np.testing.assert_array_equal(shared["table"].obsm[key][1::2].compute(), sdata["table"].obsm[key][1::2])
+
+
+def test_coarse_image_warns() -> None:
+    coarse = tissue(pixels()[:, ::4, ::4].copy(), Scale([2.0, 2.0], axes=("x", "y")))
+    with pytest.warns(UserWarning, match=r"images\['he'\] has 2 um/px and is enlarged to 0\.5 um/px .*um_per_px="):
+        hn.tl.histology_embedding(coarse, mode="dense", **VIT)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        hn.tl.histology_embedding(coarse, mode="dense", um_per_px=1.4, **VIT)
+
+
+def test_the_call_is_recorded(tmp_path: Path) -> None:
+    import timm
+    from safetensors.torch import save_file
+
+    weights = tmp_path / "w.safetensors"
+    save_file(timm.create_model("vit_tiny_patch16_224").state_dict(), weights)
+    sdata = tissue()
+    hn.tl.histology_embedding(sdata, encoder=VIT["encoder"], mode="dense", weights=weights, batch_size=7)
+    sdata["table"].write_h5ad(tmp_path / "a.h5ad")
+    entry = ad.read_h5ad(tmp_path / "a.h5ad").uns["histoniche"]["histology_embedding"]
+    assert entry["params"]["batch_size"] == 7
+    assert entry["params"]["in_memory"]
+    assert entry["inputs"]["weights"] == str(weights.resolve())

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
+import anndata as ad
+import dask.array as da
 import numpy as np
 import pytest
 import torch
+from anndata.experimental import read_lazy
 from scipy import sparse
 from sklearn.metrics import silhouette_score
 from spatialdata import SpatialData
@@ -91,3 +95,21 @@ def test_layer_and_method(tissue: SpatialData) -> None:
         hn.tl.molecular_embedding(tissue, method="umap")
     with pytest.raises(ValueError, match="n_latent=5000 needs more than"):
         hn.tl.molecular_embedding(tissue, n_latent=5000, layer="counts")
+
+
+@pytest.mark.parametrize("layer", [None, "counts"])
+@pytest.mark.parametrize("kind", ["dask", "backed", "lazy"])
+def test_backed_and_lazy_tables(tmp_path: Path, kind: str, layer: str | None) -> None:
+    counts = sparse.csr_matrix(np.random.default_rng(0).poisson(2, (80, 12)).astype(np.float32))
+    table = ad.AnnData(counts, layers={"counts": counts.copy()})
+    table.obs["split"] = np.where(np.arange(80) < 50, "train", "test")
+    if kind == "dask":
+        lazy = table.copy()
+        blocks = da.from_array(counts.toarray(), chunks=(30, 5)).map_blocks(sparse.csr_matrix)
+        lazy.X, lazy.layers["counts"] = blocks, blocks
+    else:
+        table.write_h5ad(tmp_path / "a.h5ad")
+        lazy = ad.read_h5ad(tmp_path / "a.h5ad", backed="r") if kind == "backed" else read_lazy(tmp_path / "a.h5ad")
+    for adata in (table, lazy):
+        hn.tl.molecular_embedding(adata, method="pca", n_latent=5, layer=layer)
+    np.testing.assert_allclose(np.asarray(lazy.obsm["X_niche_pca"]), table.obsm["X_niche_pca"], atol=1e-5)

@@ -99,3 +99,25 @@ def test_not_below_kmeans_on_annotated_tissue(data_dir: Path, name: str, n_niche
     # The seeds of k-means alone move its score by about 0.01.
     assert found > hn.metrics.adjusted_rand(regions, kmeans) - 0.02
     assert hn.metrics.effective_number(adata.obs["niche_teacher"].cat.codes.to_numpy()) > 0.7 * n_niches
+
+
+def test_integers_of_numpy_and_names_of_the_niches(embedded: SpatialData) -> None:
+    hn.tl.nolan(
+        embedded,
+        n_niches=np.int64(3),
+        use_rep="X_niche_pca",
+        n_steps=np.int64(2),
+        batch_size=np.int64(64),
+        seed=np.int64(1),
+    )
+    params = embedded["table"].uns["histoniche"]["nolan"]["params"]
+    assert (params["n_niches"], params["seed"], params["niches"]) == (3, 1, ["0", "1", "2"])
+    assert type(params["seed"]) is int
+
+
+def test_settings_are_checked(embedded: SpatialData) -> None:
+    before = embedded["table"].obsm["niche_logits_teacher"].copy()
+    for name, value in {"batch_size": 0, "n_steps": 0, "teacher_temperature": 0.0, "seed": -1}.items():
+        with pytest.raises(ValueError, match=f"{name}={value} must be"):
+            hn.tl.nolan(embedded, n_niches=3, use_rep="X_niche_pca", **{name: value})
+    np.testing.assert_array_equal(embedded["table"].obsm["niche_logits_teacher"], before)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from spatialdata import SpatialData
 
 import histoniche as hn
 from histoniche.models import NicheStudent
+from histoniche.neighbors import radius_graph
 
 QUICK = {"n_niches": 3, "encoder": "efficientnet-lite0", "n_steps": 40, "batch_size": 64, "width": 32}
 FEATURES = "X_efficientnet-lite0"
@@ -112,3 +114,44 @@ def test_missing_image(tissue: SpatialData, model: Path) -> None:
         hn.tl.predict_niches(tissue, model)
     with pytest.raises(TypeError, match="An image is needed"):
         hn.tl.predict_niches(tissue["table"].copy(), model)
+
+
+@pytest.mark.parametrize("factor", [0.4, 2.0])
+def test_unusual_density_is_told(embedded: SpatialData, model: Path, factor: float) -> None:
+    student = NicheStudent.load(model)
+    wanted = student.config.training["mean_neighbors"]
+    embedded["table"].obsm["spatial"] *= factor
+    counts = radius_graph(embedded["table"].obsm["spatial"], student.config.radius).counts
+    assert not 1 / 3 < counts.mean() / wanted < 3
+    with pytest.warns(
+        UserWarning, match=f"have {counts.mean():.2f} neighbours .* trained with {wanted:.1f}.* um per px"
+    ):
+        hn.tl.predict_niches(embedded, student)
+
+
+def test_density_as_in_training_is_no_news(embedded: SpatialData, model: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Cells have")
+        hn.tl.predict_niches(embedded, model)
+
+
+def test_student_of_features_of_ones_own(embedded: SpatialData, tmp_path: Path) -> None:
+    adata = embedded["table"].copy()
+    adata.obsm["X_mine"] = np.asarray(adata.obsm[FEATURES], dtype=np.float32)
+    options = {**QUICK, "n_steps": 3, "features_key": "X_mine"}
+    hn.tl.distill_niches(adata, model_dir=tmp_path / "m", **options)
+    expected = adata.obsm["niche_logits"].copy()
+    for key in (None, "X_theirs"):
+        other = adata.copy()
+        del other.obsm["niche_logits"], other.uns["histoniche"]["distill_niches"]
+        if key is not None:
+            other.obsm[key] = other.obsm.pop("X_mine")
+        hn.tl.predict_niches(other, tmp_path / "m", features_key=key)
+        np.testing.assert_allclose(other.obsm["niche_logits"], expected, atol=1e-5)
+        assert other.uns["histoniche"]["predict_niches"]["inputs"]["features"] == (key or "X_mine")
+    # Features that are known to be an encoder's are not those of an unknown one.
+    with pytest.raises(ValueError, match="does not keep the model's feature contract"):
+        hn.tl.predict_niches(adata, tmp_path / "m", features_key=FEATURES)
+    del adata.obsm["X_mine"]
+    with pytest.raises(KeyError, match=r"X_mine.* is missing.*features_key="):
+        hn.tl.predict_niches(adata, tmp_path / "m")

@@ -76,7 +76,7 @@ class FeatureStore:
         Parameters
         ----------
         path
-            Directory that does not exist yet.
+            Directory that does not exist yet, or is empty.
         blocks
             The cells of each block; together every cell once.
         dim
@@ -104,6 +104,8 @@ class FeatureStore:
         (making / "done").mkdir()
         head = {"format": _FORMAT, "contract": contract, "fingerprint": fingerprint, "starts": starts.tolist()}
         (making / "histoniche.json").write_text(json.dumps(head), encoding="utf-8")
+        if path.is_dir():
+            path.rmdir()  # fails where it is not empty
         making.rename(path)
         return cls(path)
 
@@ -113,7 +115,7 @@ class FeatureStore:
     ) -> FeatureStore:
         """Resume the store of the same features, or make one; a store of other features is never touched."""
         path = Path(path)
-        if not path.exists():
+        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
             return cls.create(path, blocks, dim, contract, fingerprint)
         store = cls(path)
         differing = contract_difference(store.contract, contract)

@@ -125,6 +125,10 @@ def _drop_alpha(data: da.Array, path: Path) -> da.Array:
 
 def _open_plain(path: Path) -> Pixels:
     # These formats have no tiles: any pixel needs the whole image decoded, so it is decoded once, now.
+    limit, PillowImage.MAX_IMAGE_PIXELS = (
+        PillowImage.MAX_IMAGE_PIXELS,
+        None,
+    )  # whole slides are larger than Pillow trusts
     try:
         with PillowImage.open(path) as file:
             convert = file.mode in {"P", "CMYK", "YCbCr"}
@@ -132,6 +136,8 @@ def _open_plain(path: Path) -> Pixels:
     except OSError as error:
         msg = f"{str(path)!r} cannot be read as an image: {error}."
         raise ValueError(msg) from error
+    finally:
+        PillowImage.MAX_IMAGE_PIXELS = limit
     if pixels.dtype == bool:
         pixels = pixels.astype(np.uint8) * 255
     data = da.from_array(pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0), chunks=(-1, _CHUNK, _CHUNK))

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -39,7 +40,9 @@ def write_directory(
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
         made = Path(folder) / "model"
         made.mkdir()
-        (made / CONFIG).write_text(json.dumps({"format": FORMAT, **config}, indent=2) + "\n", encoding="utf-8")
+        (made / CONFIG).write_text(
+            json.dumps({"format": FORMAT, **config}, indent=2, default=_plain) + "\n", encoding="utf-8"
+        )
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, made / WEIGHTS)
         (made / CARD).write_text(card, encoding="utf-8")
         if more is not None:
@@ -47,6 +50,14 @@ def write_directory(
         if path.exists():
             path.rename(Path(folder) / "replaced")
         made.rename(path)
+
+
+def _plain(value: Any) -> Any:
+    """Python's own type for NumPy's numbers and arrays."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    msg = f"A configuration cannot hold {value!r}, a {type(value).__name__}."
+    raise TypeError(msg)
 
 
 def check_free(path: Path, *, overwrite: bool) -> None:

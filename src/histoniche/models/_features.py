@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from threading import Lock
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -22,6 +22,28 @@ class FeatureSource(Protocol):
 
     def take(self, cells: np.ndarray) -> np.ndarray:
         """Features (m, d) of some cells."""
+
+
+class Lazy:
+    """Features in an array that computes what is indexed, such as dask's.
+
+    Parameters
+    ----------
+    array
+        (n, d) features.
+    """
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n, d)."""
+        return tuple(self.array.shape)
+
+    def take(self, cells: np.ndarray) -> np.ndarray:
+        """Features (m, d) of some cells."""
+        return np.asarray(self.array[cells])
 
 
 class Joined:

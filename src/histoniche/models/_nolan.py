@@ -19,6 +19,7 @@ from histoniche._random import isolated_rng
 from histoniche.metrics import effective_number
 from histoniche.neighbors import NeighborGraph, Neighborhoods, neighborhood_mean, padded_neighborhoods
 
+from ._checks import training_settings, whole
 from ._features import rotate, take
 from ._losses import self_distillation_loss
 from ._predict import LEAST_PROBABILITY, predict_neighborhoods
@@ -196,10 +197,17 @@ def fit_nolan(
     -------
     Logits, history and whether the niches collapsed.
 
+    Raises
+    ------
+    ValueError
+        A graph without an edge, features that are the same in all training cells, settings that cannot be.
+
     References
     ----------
     Multi-crop self-distillation after Caron et al. 2021 (arXiv 2104.14294), over discs of cells.
     """
+    n_steps, batch_size, lr, seed = training_settings(n_steps=n_steps, batch_size=batch_size, lr=lr, seed=seed)
+    n_niches = whole("n_niches", n_niches, 2)
     train_rows = np.arange(graph.n_cells) if train_cells is None else np.flatnonzero(train_cells)
     n_steps = n_steps or default_steps(len(train_rows), batch_size, epochs=10, least=150, most=450)
     module, start = _warm_start(features, graph, train_rows, n_niches, width=width, depth=depth, heads=heads, seed=seed)
@@ -245,6 +253,22 @@ def fit_nolan(
     return NolanResult(logits, start, history, occupancy.collapsed)
 
 
+def _check_signal(features: np.ndarray, graph: NeighborGraph, train_rows: np.ndarray) -> None:
+    """Refuse what no niches can be found in."""
+    if not len(graph.indices):
+        msg = (
+            f"No two of the {graph.n_cells} cells are neighbours, so there are no neighbourhoods: use a larger radius."
+        )
+        raise ValueError(msg)
+    first = features[train_rows[0]]
+    if not any((features[block] != first).any() for block in np.array_split(train_rows, len(train_rows) // 65_536 + 1)):
+        msg = (
+            f"The features of all {len(train_rows)} training cells are the same, so there are no niches to find: "
+            "check the embedding."
+        )
+        raise ValueError(msg)
+
+
 class _Occupancy:
     """Running mean of the teacher's assignment, to notice a collapse."""
 
@@ -276,6 +300,7 @@ def _warm_start(
     seed: int,
 ) -> tuple[Nolan, np.ndarray]:
     """Module that reproduces a mixture of neighbourhood means, and its niches (n,)."""
+    _check_signal(features, graph, train_rows)
     means = neighborhood_mean(graph, features)
     rows = train_rows
     if len(rows) > _START_CELLS:

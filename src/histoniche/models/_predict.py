@@ -23,7 +23,7 @@ LEAST_PROBABILITY = 1e-6
 _PROJECTED_AT_ONCE = 16_384
 _WORKERS_FOR_GPU = 4
 _SEED = 0
-"""Seed of the subset that cells with more neighbours than tokens see: a constant, so that labels never change."""
+"""Seed of the subset that cells with more neighbours than tokens see: a constant, so that two runs give the same labels."""
 
 
 class NicheModule(Protocol):
@@ -64,7 +64,8 @@ def predict_neighborhoods(
     radius
         Radius in um.
     max_tokens
-        Cells with more neighbours see a fixed random subset of them.
+        A cell with as many neighbours or more sees a random subset of them. It is drawn by the row of the cell: the same
+        in every run and batch, another in a table with its rows in another order, or with some of them.
     batch_size
         Cells at a time; the result does not depend on it.
     description

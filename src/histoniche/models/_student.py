@@ -14,6 +14,7 @@ from histoniche._compute import to_device
 from histoniche._random import isolated_rng
 from histoniche.neighbors import NeighborGraph, Neighborhoods, padded_neighborhoods
 
+from ._checks import training_settings, transformer_size
 from ._context import context_means, principal_axes
 from ._directory import read_directory, weights_digest, write_directory
 from ._features import FeatureSource, Joined, rotate, take
@@ -161,6 +162,11 @@ class NicheStudent:
     config
         Configuration.
 
+    Raises
+    ------
+    ValueError
+        Not as many names as niches, or a width that the heads do not divide.
+
     Attributes
     ----------
     config
@@ -174,8 +180,12 @@ class NicheStudent:
     def __init__(self, config: StudentConfig) -> None:
         self.config = config
         self.history: dict[str, list[float]] = {}
+        transformer_size(width=config.width, depth=config.depth, heads=config.heads)
         if not config.niches:
             config.niches = [str(k) for k in range(config.n_niches)]
+        if len(set(config.niches)) != config.n_niches or len(config.niches) != config.n_niches:
+            msg = f"niches={config.niches} must be n_niches={config.n_niches} names, each another."
+            raise ValueError(msg)
         with isolated_rng(int(config.training.get("seed", 0))):
             self.module = StudentModule(
                 config.n_features,
@@ -246,6 +256,7 @@ class NicheStudent:
         -------
         The student itself.
         """
+        n_steps, batch_size, lr, seed = training_settings(n_steps=n_steps, batch_size=batch_size, lr=lr, seed=seed)
         rows = np.arange(graph.n_cells) if train_cells is None else np.flatnonzero(train_cells)
         config = self.config
         n_steps = n_steps or default_steps(len(rows), batch_size, epochs=2, least=300, most=1500)
@@ -375,7 +386,11 @@ class NicheStudent:
                 f"Model directory {str(path)!r} is damaged: config.json lacks {missing}. Copy or train the model again."
             )
             raise ValueError(msg)
-        student = cls(StudentConfig(**wanted))
+        try:
+            student = cls(StudentConfig(**wanted))
+        except (TypeError, ValueError) as error:
+            msg = f"Model directory {str(path)!r} is damaged: config.json is at odds with itself ({error})"
+            raise ValueError(msg) from error
         try:
             student.module.load_state_dict(weights)
         except RuntimeError as error:

@@ -63,7 +63,7 @@ def confusion(
     ValueError
         No cell of the split has both niches.
     """
-    table = open_target(data, table_key=table_key, copy=False).table
+    table = open_target(data, table_key=table_key, copy=False, writes=False).table
     teacher, student = niches(table, teacher_key), niches(table, niche_key)
     use = (teacher.codes >= 0) & (student.codes >= 0)
     if split is not None:

@@ -11,11 +11,13 @@ import numpy as np
 from scipy.spatial import KDTree
 
 from histoniche import _keys
-from histoniche._sdata import Image, coordinates, image, open_target
+from histoniche._sdata import Image, coordinates, open_target
+from histoniche._slides import images_of_cells, rows_of_slides
 
 from ._shared import finish, format_length, level_for, niches, obs_column
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     from matplotlib.figure import Figure
@@ -33,7 +35,7 @@ _HALVINGS = 12
 def exemplars(
     sdata: SpatialData,
     *,
-    image_key: str | None = None,
+    image_key: str | Mapping[str, str] | None = None,
     niche_key: str = "niche",
     by: str | None = str(_keys.CONFIDENCE),
     n: int = 6,
@@ -54,7 +56,8 @@ def exemplars(
     sdata
         SpatialData with table and image.
     image_key
-        Name of the image; may be left out where there is just one.
+        Name of the image; may be left out where there is just one. For several slides in the table, each with its own
+        image, a mapping from the name of the slide (its region in the table) to the name of its image.
     niche_key
         Categorical column of ``obs`` with niches.
     by
@@ -79,20 +82,23 @@ def exemplars(
     Raises
     ------
     KeyError
-        A column, the table or the image is missing.
+        A column, the table or the image is missing, or a slide in ``image_key``.
     ValueError
-        No crop lies within the image, ``n`` or ``field_of_view`` is not positive.
+        No crop lies within its image, ``n`` or ``field_of_view`` is not positive, an image that is not RGB uint8 with a
+        place in um, or one image for several slides where the object has others that might be meant.
     """
-    target = open_target(sdata, table_key=table_key, copy=False)
+    target = open_target(sdata, table_key=table_key, copy=False, writes=False)
     if n < 1 or not field_of_view > 0:
         msg = f"n={n} crops of field_of_view={field_of_view} um: both must be positive."
         raise ValueError(msg)
     niche = niches(target.table, niche_key)
     rank = np.zeros(len(niche.codes)) if by is None else obs_column(target.table, by).to_numpy(dtype=np.float64)
     xy = coordinates(target, spatial_key)
-    source = image(target.sdata, image_key)
-    inside = _inside(source, xy, field_of_view)
-    crowd = KDTree(xy).query_ball_point(xy, field_of_view / 2, p=np.inf, return_length=True)
+    sources = images_of_cells(target.sdata, target.table, image_key)
+    inside = np.zeros(len(xy), dtype=bool)
+    for source, rows in sources:
+        inside[rows] = _inside(source, xy[rows], field_of_view)
+    crowd = _crowd(xy, rows_of_slides(target.table).values(), field_of_view)
     chosen = {}
     for k in range(len(niche.names)):
         cells = np.flatnonzero((niche.codes == k) & inside & np.isfinite(rank))
@@ -100,9 +106,10 @@ def exemplars(
             cells = cells[crowd[cells] >= _LEAST_CELLS * np.median(crowd[cells])]
             chosen[k] = cells[_spread(xy[cells], rank[cells], n, field_of_view)]
     if not chosen:
-        msg = f"No crop of {field_of_view:g} um around a cell lies within images[{source.key!r}]: choose a smaller field_of_view."
+        keys = [source.key for source, _ in sources]
+        msg = f"No crop of {field_of_view:g} um around a cell lies within the images {keys}: choose a smaller field_of_view."
         raise ValueError(msg)
-    crops = iter(_crops(source, xy[np.concatenate(list(chosen.values()))], field_of_view))
+    crops = _crops(sources, xy, np.concatenate(list(chosen.values())), field_of_view)
     size = figsize or (1.1 * n + 0.8, 1.1 * len(chosen) + 0.4)
     figure, axes = plt.subplots(len(chosen), n, figsize=size, squeeze=False, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.02, hspace=0.02)
@@ -111,8 +118,8 @@ def exemplars(
             ax.set_xticks([])
             ax.set_yticks([])
             ax.spines[:].set_visible(False)
-        for ax, _ in zip(row, cells, strict=False):
-            ax.imshow(next(crops), extent=(0, field_of_view, field_of_view, 0), interpolation="antialiased")
+        for ax, cell in zip(row, cells.tolist(), strict=False):
+            ax.imshow(crops[cell], extent=(0, field_of_view, field_of_view, 0), interpolation="antialiased")
         row[0].set_ylabel(
             niche.names[k], rotation=0, ha="right", va="center", labelpad=8, fontsize=9,
             bbox={"boxstyle": "square,pad=0.3", "fc": niche.colors[k], "ec": "none"},
@@ -127,6 +134,15 @@ def _inside(source: Image, xy: np.ndarray, field_of_view: float) -> np.ndarray:
     px, half = source.to_px(xy), field_of_view / source.um_per_px / 2
     height, width = source.pyramid[0].shape[1:]
     return np.asarray(((px >= half) & (px <= np.array([width, height]) - half)).all(axis=1))
+
+
+def _crowd(xy: np.ndarray, slides: Iterable[np.ndarray], field_of_view: float) -> np.ndarray:
+    """Cells of the same slide in the crop around each cell, (n,) int64."""
+    crowd = np.zeros(len(xy), dtype=np.int64)
+    for rows in slides:
+        points = xy[rows]
+        crowd[rows] = KDTree(points).query_ball_point(points, field_of_view / 2, p=np.inf, return_length=True)
+    return crowd
 
 
 def _spread(xy: np.ndarray, rank: np.ndarray, n: int, least: float) -> np.ndarray:
@@ -162,12 +178,18 @@ def _apart(points: np.ndarray, n: int, distance: float) -> list[int]:
     return chosen
 
 
-def _crops(source: Image, xy: np.ndarray, field_of_view: float) -> list[np.ndarray]:
-    """Crops (side, side, 3) around cells, read in one go."""
-    level = source.pyramid[level_for(source, field_of_view / _CROP_PX)]
-    shrink = np.array([level.shape[2] / source.pyramid[0].shape[2], level.shape[1] / source.pyramid[0].shape[1]])
-    side = max(1, round(field_of_view / source.um_per_px * float(shrink[0])))
-    corner = np.round(source.to_px(xy) * shrink - side / 2).astype(int)
-    corner = np.clip(corner, 0, np.maximum(np.array([level.shape[2], level.shape[1]]) - side, 0))
-    lazy: list[da.Array] = [level[:, y : y + side, x : x + side] for x, y in corner.tolist()]
-    return [np.asarray(crop).transpose(1, 2, 0) for crop in dask.compute(*lazy)]
+def _crops(
+    sources: list[tuple[Image, np.ndarray]], xy: np.ndarray, cells: np.ndarray, field_of_view: float
+) -> dict[int, np.ndarray]:
+    """Crop (side, side, 3) around each of the cells, read in one go."""
+    lazy: dict[int, da.Array] = {}
+    for source, rows in sources:
+        level = source.pyramid[level_for(source, field_of_view / _CROP_PX)]
+        shrink = np.array([level.shape[2] / source.pyramid[0].shape[2], level.shape[1] / source.pyramid[0].shape[1]])
+        side = max(1, round(field_of_view / source.um_per_px * float(shrink[0])))
+        here = np.intersect1d(cells, rows)
+        corner = np.round(source.to_px(xy[here]) * shrink - side / 2).astype(int)
+        corner = np.clip(corner, 0, np.maximum(np.array([level.shape[2], level.shape[1]]) - side, 0))
+        for cell, (x, y) in zip(here.tolist(), corner.tolist(), strict=True):
+            lazy[cell] = level[:, y : y + side, x : x + side]
+    return {cell: np.asarray(crop).transpose(1, 2, 0) for cell, crop in dask.compute(lazy)[0].items()}

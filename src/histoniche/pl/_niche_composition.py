@@ -65,7 +65,7 @@ def niche_composition(
     ValueError
         No cell with both niche and cell type.
     """
-    table = open_target(data, table_key=table_key, copy=False).table
+    table = open_target(data, table_key=table_key, copy=False, writes=False).table
     niche = niches(table, niche_key)
     types = obs_column(table, cell_type_key)
     use = (niche.codes >= 0) & types.notna().to_numpy()

@@ -13,7 +13,9 @@ from matplotlib.patches import Rectangle
 from scipy.spatial import cKDTree
 from spatialdata import SpatialData
 
-from histoniche._sdata import coordinates, image, open_target, slide_of_cell
+from histoniche import _keys
+from histoniche._sdata import coordinates, image, open_target
+from histoniche._slides import rows_of_slides
 
 from ._shared import NOT_ASSIGNED, Niches, box_of, draw_image, draw_scale_bar, finish, nice_length, niches
 
@@ -34,7 +36,7 @@ _LABEL_ROWS = 24
 def niche_map(
     data: SpatialData | AnnData,
     *,
-    keys: str | Sequence[str] = ("niche_teacher", "niche"),
+    keys: str | Sequence[str] | None = None,
     image_key: str | Mapping[str, str] | Literal[False] | None = None,
     titles: Sequence[str] | None = None,
     size: float | None = None,
@@ -55,11 +57,13 @@ def niche_map(
     data
         SpatialData with a table, or the table.
     keys
-        Categorical columns of ``obs``. Missing values are light grey.
+        Categorical columns of ``obs``, by default those of ``niche_teacher`` and ``niche`` that exist. Missing values are
+        light grey.
     image_key
         Image behind the cells, read from a level of its pyramid that suits the figure; a first panel shows it alone.
-        By default the image of ``data``, where there is one slide and one image, and else none. For several slides
-        a mapping from the name of the slide (its region in the table) to the name of its image. ``False``: no image.
+        By default the image of ``data``, where there is one slide and one image, RGB (uint8) and with a place in um, and
+        else none. For several slides a mapping from the name of the slide (its region in the table) to the name of its image.
+        ``False``: no image.
     titles
         Titles of the columns, instead of ``keys``.
     size
@@ -79,7 +83,7 @@ def niche_map(
     ax
         Axes to draw the only panel into (one key, one slide, no image panel).
     save
-        File to save the figure to, which is then closed.
+        File to save the figure to, which is then closed, unless ``ax`` was given.
     table_key
         Name of the table.
 
@@ -91,17 +95,18 @@ def niche_map(
     Raises
     ------
     KeyError
-        A column, a table or an image is missing.
+        A column, a table or an image is missing, or, without ``keys``, both columns.
     ValueError
-        No cell with a niche, one image for several slides, ``ax`` for several panels.
+        No cell with a niche, an image that was asked for and is not RGB uint8 with a place in um, one image for several
+        slides, ``ax`` for several panels.
     TypeError
         An image was asked for with an AnnData.
     """
-    keys = [keys] if isinstance(keys, str) else list(keys)
-    target = open_target(data, table_key=table_key, copy=False)
+    target = open_target(data, table_key=table_key, copy=False, writes=False)
+    keys = _keys_to_show(target.table, keys)
     shown = [niches(target.table, key) for key in keys]
     xy = coordinates(target, spatial_key)
-    slides = _slides(target.table)
+    slides = rows_of_slides(target.table)
     images = _images(data, image_key, list(slides))
     names = list(titles) if titles is not None else keys
     if len(names) != len(keys):
@@ -145,19 +150,21 @@ def niche_map(
     for axes_, (slide, _, _) in zip(axes, panels, strict=False):
         draw_scale_bar(axes_, nice_length(boxes[slide][1] - boxes[slide][0]))
     _legends(figure, axes, panels, shown, missing=not images)
-    return finish(figure, save) if ax is None else figure
+    return finish(figure, save, close=ax is None)
 
 
-def _slides(table: AnnData) -> dict[str, np.ndarray]:
-    """Rows of the cells of each slide, by its name."""
-    codes = slide_of_cell(table)
-    attrs = table.uns.get("spatialdata_attrs") or {}
-    region = table.obs.get(attrs.get("region_key", ""), None)
-    slides = {}
-    for code in range(int(codes.max()) + 1):
-        rows = np.flatnonzero(codes == code)
-        slides[str(region.iloc[rows[0]]) if region is not None else "slide"] = rows
-    return slides
+def _keys_to_show(table: AnnData, keys: str | Sequence[str] | None) -> list[str]:
+    """Columns to plot; by default those with the niches of teacher and student that exist."""
+    if keys is not None:
+        return [keys] if isinstance(keys, str) else list(keys)
+    found = [key for key in map(str, (_keys.TEACHER, _keys.NICHE)) if key in table.obs]
+    if not found:
+        msg = (
+            f"obs has neither {str(_keys.TEACHER)!r} nor {str(_keys.NICHE)!r}: name the columns to plot with keys=; "
+            f"obs has {sorted(table.obs.columns)}."
+        )
+        raise KeyError(msg)
+    return found
 
 
 def _images(
@@ -165,7 +172,10 @@ def _images(
 ) -> dict[str, Image]:
     """Image of each slide; empty without images."""
     if image_key is None and isinstance(data, SpatialData) and len(data.images) == len(slides) == 1:
-        return {slides[0]: image(data, None)}
+        try:
+            return {slides[0]: image(data, None)}
+        except ValueError:  # stains, or an image without a place in um: nobody asked for it
+            return {}
     if image_key is None or image_key is False:
         return {}
     if not isinstance(data, SpatialData):

@@ -67,13 +67,18 @@ def color_ticks(ticks: list[Text], colors: np.ndarray) -> None:
         tick.set_color("white" if color[:3] @ [0.299, 0.587, 0.114] < 0.6 else "black")
 
 
-def finish(figure: Figure, save: str | Path | None) -> Figure:
-    """Save the figure and close it, where a path was given; else it stays open, and pyplot or the notebook shows it."""
+def finish(figure: Figure, save: str | Path | None, *, close: bool = True) -> Figure:
+    """Save the figure and close it, where a path was given; else it stays open, and pyplot or the notebook shows it.
+
+    Without ``close`` it stays open in any case: a figure of the caller's, who may still draw into it.
+    """
     if save is not None:
         path = Path(save)
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=200, bbox_inches="tight")
-        plt.close(figure)
+        whole = figure.figure  # of a subfigure the figure that holds it, else itself
+        whole.savefig(path, dpi=200, bbox_inches="tight")
+        if close:
+            plt.close(whole)
     return figure
 
 
@@ -93,7 +98,7 @@ def draw_scale_bar(ax: Axes, length: float) -> None:
     """Scale bar below the axes, at their left end, with its length in um as text beside it."""
     transform = ax.get_xaxis_transform()  # x in um, y as a share of the height of the axes
     left = min(ax.get_xlim())
-    inches = ax.figure.get_size_inches()[1] * ax.get_position().height
+    inches = ax.figure.bbox.height / ax.figure.dpi * ax.get_position().height
     unit = 0.1 / max(inches, 0.5)
     ax.add_patch(
         Rectangle(

@@ -60,7 +60,7 @@ def training_history(
     ValueError
         They hold nothing that could be drawn.
     """
-    table = open_target(data, table_key=table_key, copy=False).table
+    table = open_target(data, table_key=table_key, copy=False, writes=False).table
     if key not in table.uns:
         msg = f"uns[{key!r}] is missing: run `hn.tl.nolan` or `hn.tl.distill_niches`; uns has {sorted(table.uns)}."
         raise KeyError(msg)

@@ -70,8 +70,10 @@ def spatial_holdout(
         Width of the buffer in um. By default the larger of ``2 * radius + field_of_view``, with which no pixel and no
         cell that a training neighbourhood can hold lies in a test cell's neighbourhood or crops, and of
         ``(context_hops + 1) * radius + field_of_view / 2``, with which no cell of one part lies in the context of a cell
-        of the other, nor in that of the neighbours whose predictions a label is the mean of. A smaller one is refused
-        below ``max(field_of_view / 2, radius)``.
+        of the other, nor in that of the neighbours whose predictions a label is the mean of. This holds for
+        neighbourhoods of the radius meant here; :func:`histoniche.pp.spatial_neighbors` estimates its own on the training
+        cells, which is larger where they are few, unless it is given this one (``params["radius"]``, below). A smaller
+        buffer is refused below ``max(field_of_view / 2, radius)``.
     field_of_view
         Width of a crop in um.
     context_hops
@@ -80,7 +82,7 @@ def spatial_holdout(
     target_neighbors
         Mean number of neighbours, from which the radius is estimated where it is not given.
     radius
-        Radius of the neighbourhoods in um.
+        Radius of the neighbourhoods in um; by default the one with ``target_neighbors``, over all cells.
     key_added
         Column of ``obs`` to write.
     spatial_key
@@ -99,7 +101,7 @@ def spatial_holdout(
     ``obs[key_added]``
         Categorical with the categories train, test and buffer.
     ``uns["histoniche"]["spatial_holdout"]``
-        Provenance, with the buffer in um.
+        Provenance, with ``buffer`` and ``radius`` in um in its ``params``.
 
     Raises
     ------
@@ -121,6 +123,7 @@ def spatial_holdout(
     if context_hops < 0:
         msg = f"context_hops={context_hops} must not be negative: 0 for a student without context."
         raise ValueError(msg)
+    given = radius
     if radius is None:
         radius = radius_for_density(xy, target_neighbors, groups=groups, seed=seed)
     least = max(field_of_view / 2, radius)
@@ -145,7 +148,7 @@ def spatial_holdout(
         "spatial_holdout",
         params={
             "n_strips": n_strips, "test_strip": test_strip, "buffer": float(buffer), "radius": float(radius),
-            "field_of_view": field_of_view, "seed": seed,
+            "target_neighbors": target_neighbors if given is None else None, "field_of_view": field_of_view, "seed": seed,
         },
         inputs={"spatial_key": spatial_key},
         obs={key_added: split},

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import pandas as pd
+from scipy.spatial import cKDTree
 
 from histoniche import _keys, encoders
 from histoniche._sdata import (
@@ -18,13 +21,16 @@ from histoniche._sdata import (
     niche_graph,
     open_target,
     origin,
+    slide_of_cell,
     streamed_features,
     test_mask,
     train_mask,
 )
 from histoniche._settings import settings
 from histoniche.models import NicheStudent, StudentConfig
+from histoniche.models._checks import positive, training_settings, transformer_size, whole
 from histoniche.models._directory import check_free
+from histoniche.neighbors import radius_for_density
 from histoniche.pp import spatial_neighbors
 
 from ._histology_embedding import histology_embedding
@@ -40,6 +46,10 @@ if TYPE_CHECKING:
 
 _CONTEXT = (2, 4)
 """Hops of the context, where nothing forbids them."""
+_FIELD_OF_VIEW = 112.0
+"""Field of view in um where the split is not one of `hn.pp.spatial_holdout`: that of its default."""
+_SAME_RADIUS = 1.1
+"""Up to so many times the hold-out's radius, that of all cells, the graph's, of training cells, is the one that its buffer was made for."""
 
 
 def distill_niches(
@@ -51,6 +61,7 @@ def distill_niches(
     mode: Literal["crop", "dense"] = "crop",
     features_key: str | None = None,
     use_rep: str = "X_scVI",
+    layer: str | None = None,
     target_neighbors: float = 50,
     context: Sequence[int] | None = None,
     temperature: float = 2.0,
@@ -72,7 +83,8 @@ def distill_niches(
 
     Runs whichever step before it is missing, with its defaults: :func:`~histoniche.pp.spatial_neighbors`,
     :func:`~histoniche.tl.histology_embedding`, :func:`~histoniche.tl.molecular_embedding` and
-    :func:`~histoniche.tl.nolan`. What is there already is used as it is. Then a Transformer over the histology of a
+    :func:`~histoniche.tl.nolan`. What is there already is used as it is, and a step that is done stays where a later one
+    fails. Then a Transformer over the histology of a
     cell's neighbourhood learns the teacher's soft assignment on the training cells, and predicts **all** cells.
 
     Parameters
@@ -89,13 +101,19 @@ def distill_niches(
         Entry of ``obsm`` with the histology embedding; by default that of the encoder.
     use_rep
         Entry of ``obsm`` with the molecular embedding. ``"X_scVI"`` and ``"X_niche_pca"`` are made where missing.
+    layer
+        Layer with the raw counts, ``X`` by default; given to :func:`~histoniche.tl.molecular_embedding` where that
+        embedding is missing.
     target_neighbors
-        Given to :func:`~histoniche.pp.spatial_neighbors` where the graph is missing.
+        Given to :func:`~histoniche.pp.spatial_neighbors` where the graph is missing. Where
+        :func:`~histoniche.pp.spatial_holdout` had the same target, its radius is taken, to which its buffer was made.
     context
         Numbers of hops over which histology features are averaged as the context of a cell; a label reads as far as one
-        hop more than the largest of them, times the radius. By default those of 2 and 4 that keep training and test
-        cells apart: both without a test strip or with :func:`~histoniche.pp.spatial_holdout`'s ``context_hops=4``. No
-        context if empty.
+        hop more than the largest of them, times the radius of the graph (that of the hold-out, where the graph's is at most 10 % larger). By default those of 2 and 4 that keep training
+        and test cells apart: both without a test strip or with :func:`~histoniche.pp.spatial_holdout`'s
+        ``context_hops=4``. What lies between the two parts is its buffer, or where that is less, or ``obs[split_key]``
+        is not of its making, the distance between their nearest cells; half a field of view of it (of 112 um where none
+        is recorded) is kept free. No context if empty.
     temperature
         tau of the loss.
     width, depth
@@ -134,14 +152,20 @@ def distill_niches(
     ``uns["niche_history"]["student"]``
         Loss (nats) and agreement with the teacher on the training batch, of each step.
     ``uns["histoniche"]["distill_niches"]``
-        Provenance.
+        Provenance; ``split_digest`` and ``teacher_digest`` are of the split and of the teacher's logits that were learnt from.
 
     Raises
     ------
     KeyError, ValueError, TypeError
-        Any input that is missing or wrong, named with its value and what to do; checked before the first step runs.
+        Any input or setting that is missing or wrong, named with its value and what to do; checked before the first
+        step runs.
     FileExistsError
         ``model_dir`` holds a model, or something else.
+
+    Warns
+    -----
+    UserWarning
+        Training and test cells lie in each other's neighbourhoods, so that figures on the test cells flatter.
 
     References
     ----------
@@ -150,35 +174,38 @@ def distill_niches(
     """
     target = open_target(data, table_key=table_key, copy=copy)
     features_key = features_key or _keys.histology(encoder)
+    n_niches = whole("n_niches", n_niches)
+    n_steps, batch_size, lr, seed = training_settings(n_steps=n_steps, batch_size=batch_size, lr=lr, seed=seed)
+    width, depth, _ = transformer_size(width=width, depth=depth, heads=StudentConfig.heads)
+    size: dict[str, Any] = {"temperature": positive("temperature", temperature), "width": width, "depth": depth}
     missing = _check(
-        target, n_niches=n_niches, image_key=image_key, encoder=encoder, features_key=features_key, use_rep=use_rep,
-        split_key=split_key, spatial_key=spatial_key,
+        target, n_niches=n_niches, image_key=image_key, encoder=encoder, mode=mode, features_key=features_key,
+        use_rep=use_rep, layer=layer, split_key=split_key, spatial_key=spatial_key,
     )  # fmt: skip
-    hops = _context_hops(target.table, split_key, context)
+    radius = _wanted_radius(target, split_key, spatial_key, target_neighbors, seed)
+    size["context"] = _context_hops(target, split_key, spatial_key, context, radius)
     if model_dir is not None:
         check_free(Path(model_dir), overwrite=overwrite)
     _run_missing(
         target, missing, n_niches=n_niches, image_key=image_key, encoder=encoder, mode=mode, store=store,
-        features_key=features_key, use_rep=use_rep, target_neighbors=target_neighbors, split_key=split_key,
+        features_key=features_key, use_rep=use_rep, layer=layer, radius=radius, split_key=split_key,
         spatial_key=spatial_key, seed=seed, table_key=table_key,
     )  # fmt: skip
 
-    table = target.table
-    fit = {"n_steps": n_steps, "batch_size": batch_size, "lr": lr, "seed": seed}
-    size = {"temperature": temperature, "width": width, "depth": depth, "context": hops}
+    table, fit = target.table, {"n_steps": n_steps, "batch_size": batch_size, "lr": lr, "seed": seed}
     student, logits = _teach(table, coordinates(target, spatial_key), features_key, split_key, size=size, fit=fit)
+    obs, uns = niche_columns(logits, str(_keys.NICHE), student.config.niches)
     place = Path(model_dir) if model_dir is not None else settings.cache_dir / "models" / student.digest[:16]
     student.save(place, overwrite=overwrite or model_dir is None)
-    obs, uns = niche_columns(logits, str(_keys.NICHE), student.config.niches)
     history = {name: np.asarray(values, dtype=np.float32) for name, values in student.history.items()}
     return target.write(
         "distill_niches",
         params={
-            **fit, **size, "n_steps": student.config.training["n_steps"], "n_niches": n_niches, "radius": student.config.radius, "weights_sha256": student.digest,
+            **fit, **size, "n_steps": student.config.training["n_steps"], "n_niches": n_niches,
+            "radius": student.config.radius, "weights_sha256": student.digest, **learnt_from(table, split_key, str(_keys.TEACHER_LOGITS)),
         },
         inputs={
-            "features": features_key, "teacher": str(_keys.TEACHER_LOGITS), "split_key": split_key,
-            "spatial_key": spatial_key, "image_key": image_key,
+            "features": features_key, "teacher": str(_keys.TEACHER_LOGITS), "split_key": split_key, "spatial_key": spatial_key, "image_key": image_key,
         },
         obs={**obs, str(_keys.CONFIDENCE): confidence(logits)},
         obsm={str(_keys.LOGITS): logits},
@@ -201,7 +228,8 @@ def _run_missing(
     store: str | Path | None,
     features_key: str,
     use_rep: str,
-    target_neighbors: float,
+    layer: str | None,
+    radius: float,
     split_key: str,
     spatial_key: str,
     seed: int,
@@ -210,14 +238,15 @@ def _run_missing(
     """Run the steps that are missing; the one that may lack access to its weights before the long ones."""
     common: dict[str, Any] = {"seed": seed, "split_key": split_key, "table_key": table_key}
     if "graph" in missing:
-        spatial_neighbors(target.data, target_neighbors=target_neighbors, spatial_key=spatial_key, **common)
+        spatial_neighbors(target.data, radius=radius, spatial_key=spatial_key, **common)
     if "histology" in missing:
         histology_embedding(
             target.sdata, image_key=image_key, encoder=encoder, mode=mode, store=store, key_added=features_key,
             spatial_key=spatial_key, table_key=table_key,
         )  # fmt: skip
     if "molecules" in missing:
-        molecular_embedding(target.data, method="scvi" if use_rep == str(_keys.SCVI) else "pca", **common)
+        method: Literal["scvi", "pca"] = "scvi" if use_rep == str(_keys.SCVI) else "pca"
+        molecular_embedding(target.data, method=method, layer=layer, **common)
     if "teacher" in missing:
         nolan(target.data, n_niches=n_niches, use_rep=use_rep, spatial_key=spatial_key, **common)
 
@@ -234,8 +263,8 @@ def _teach(
         n_niches=teacher.shape[1],
         radius=radius,
         contract=contract_of(table, features_key),
-        niches=list(table.obs[str(_keys.TEACHER)].cat.categories),
-        training=dict(fit),
+        niches=teacher_names(table, teacher.shape[1]),
+        training={**fit, "features_key": features_key},
         **size,
     )
     student = NicheStudent(config).fit(histology, graph, xy, teacher, train_cells=train, **fit)
@@ -259,6 +288,58 @@ def contract_of(table: AnnData, features_key: str) -> dict[str, Any]:
     return {name: _plain(value) for name, value in entry["params"]["contract"].items()}
 
 
+def is_known(contract: dict[str, Any]) -> bool:
+    """Whether a contract says how features are made, and not that this is unknown."""
+    return "mode" in contract
+
+
+def teacher_names(table: AnnData, n_niches: int) -> list[str]:
+    """Names of the columns of the teacher's logits.
+
+    Those that the teacher recorded, since anndata drops categories without a cell from a subset; the categories of the
+    column where they were renamed.
+    """
+    key, logits_key = str(_keys.TEACHER), str(_keys.TEACHER_LOGITS)
+    if key not in table.obs:
+        msg = f"obs[{key!r}], the niches of obsm[{logits_key!r}], is missing: run `hn.tl.nolan` anew, or put the column back."
+        raise KeyError(msg)
+    column = table.obs[key]
+    if not isinstance(column.dtype, pd.CategoricalDtype):
+        msg = (
+            f"obs[{key!r}] is {column.dtype}, not categorical, so the order of the niches is unknown: run `hn.tl.nolan` "
+            f"anew, or `pd.Categorical(column, categories=[...])` with the {n_niches} names in the order of obsm[{logits_key!r}]."
+        )
+        raise TypeError(msg)
+    found = [str(name) for name in column.cat.categories]
+    entry = origin(table, "obsm", logits_key) or {"params": {}}
+    recorded = [str(name) for name in entry["params"].get("niches", [])]
+    if len(recorded) == n_niches and set(found) <= set(recorded):
+        return recorded
+    if len(found) == n_niches:
+        return found
+    msg = (
+        f"obs[{key!r}] has {len(found)} categories, {found}, for the {n_niches} columns of obsm[{logits_key!r}]: anndata drops "
+        "categories without a cell from a subset. Put them back with `.cat.set_categories([...])`, in the order of the "
+        "columns, or run `hn.tl.nolan` anew."
+    )
+    raise ValueError(msg)
+
+
+def learnt_from(table: AnnData, split_key: str, logits_key: str) -> dict[str, str]:
+    """Digests of split and teacher's logits, by the cells' names: the number of cells, and a sum over them in any order."""
+    values = {}
+    if split_key in table.obs:
+        values["split_digest"] = np.asarray(table.obs[split_key].astype(str), dtype=object)
+    if logits_key in table.obsm:
+        values["teacher_digest"] = np.asarray(table.obsm[logits_key])
+    names = np.asarray(table.obs_names, dtype=object)
+    digests = {}
+    for name, value in values.items():
+        rows = pd.util.hash_pandas_object(pd.DataFrame(value, index=names)).to_numpy(dtype=np.uint64)
+        digests[name] = f"{len(rows)}-{int(rows.sum(dtype=np.uint64)):016x}"
+    return digests
+
+
 def _plain(value: Any) -> Any:
     """Python's own types for what has been through h5ad or zarr."""
     if isinstance(value, np.ndarray):
@@ -272,8 +353,10 @@ def _check(
     n_niches: int,
     image_key: str | None,
     encoder: str,
+    mode: str,
     features_key: str,
     use_rep: str,
+    layer: str | None,
     split_key: str,
     spatial_key: str,
 ) -> set[str]:
@@ -288,10 +371,13 @@ def _check(
         streamed_features(table, features_key)
     else:
         missing.add("histology")
+        if mode not in {"crop", "dense"}:
+            msg = f"mode={mode!r} is unknown: choose 'crop' or 'dense'."
+            raise ValueError(msg)
         encoders.get(encoder)
         check_inside(image(target.sdata, image_key), xy, table.obs_names)
     if str(_keys.TEACHER_LOGITS) not in table.obsm:
-        missing |= {"teacher"} | _check_molecules(table, use_rep)
+        missing |= {"teacher"} | _check_molecules(table, use_rep, layer)
         return missing
     found = features(table, str(_keys.TEACHER_LOGITS)).shape[1]
     if found != n_niches:
@@ -300,16 +386,60 @@ def _check(
             f"`hn.tl.nolan(..., n_niches={n_niches})` anew, or pass n_niches={found}."
         )
         raise ValueError(msg)
+    teacher_names(table, n_niches)
     return missing
 
 
-def _context_hops(table: AnnData, split_key: str, wanted: Sequence[int] | None) -> list[int]:
-    """Hops of the context: those asked for, checked; by default those that the buffer of the hold-out allows."""
+def _holdout(table: AnnData, split_key: str) -> dict[str, Any]:
+    """Parameters of the hold-out that made the split; none where another did."""
     entry = origin(table, "obs", split_key) if split_key in table.obs else None
-    params = (entry or {}).get("params", {})
-    widest = np.inf
-    if "buffer" in params:
-        widest = np.floor((params["buffer"] - params["field_of_view"] / 2) / params["radius"] - 1 + 1e-9)
+    params: dict[str, Any] = (entry or {}).get("params", {})
+    return params if "buffer" in params else {}
+
+
+def _wanted_radius(target: Target, split_key: str, spatial_key: str, target_neighbors: float, seed: int) -> float:
+    """Radius in um of the graph there is, or that it is to have."""
+    found = niche_graph(target.table)
+    if found is not None:
+        return found[1]
+    holdout = _holdout(target.table, split_key)
+    if holdout.get("target_neighbors") == target_neighbors:
+        return float(holdout["radius"])
+    train = train_mask(target.table, split_key)
+    xy, slide = coordinates(target, spatial_key)[train], slide_of_cell(target.table)[train]
+    return radius_for_density(xy, target_neighbors, groups=slide, seed=seed)
+
+
+def _apart(target: Target, split_key: str, spatial_key: str) -> float:
+    """Distance in um between the nearest training and test cells of a slide."""
+    train, test = train_mask(target.table, split_key), test_mask(target.table, split_key)
+    xy, slide = coordinates(target, spatial_key), slide_of_cell(target.table)
+    least = np.inf
+    for number in np.unique(slide[test]):
+        one, other = xy[train & (slide == number)], xy[test & (slide == number)]
+        if len(one):
+            least = min(least, float(cKDTree(one).query(other)[0].min()))
+    return least
+
+
+def _context_hops(
+    target: Target, split_key: str, spatial_key: str, wanted: Sequence[int] | None, radius: float
+) -> list[int]:
+    """Hops of the context: those asked for, checked; by default those that the space between the parts allows."""
+    holdout, apart = _holdout(target.table, split_key), _apart(target, split_key, spatial_key)
+    buffer = min(float(holdout.get("buffer", np.inf)), apart)
+    if apart < radius:
+        warnings.warn(
+            f"Training and test cells of obs[{split_key!r}] come as near as {apart:.1f} um, less than the radius of "
+            f"{radius:.1f} um, so that each sees the other: figures on the test cells flatter the student. Make the split "
+            f"with `hn.pp.spatial_holdout(..., radius={radius:.1f})`.",
+            UserWarning,
+            stacklevel=3,
+        )
+    margin = float(holdout.get("field_of_view", _FIELD_OF_VIEW)) / 2
+    if radius <= _SAME_RADIUS * holdout.get("radius", 0):
+        radius = min(radius, float(holdout["radius"]))
+    widest = max(np.floor((buffer - margin) / radius - 1 + 1e-6), 0)
     if wanted is None:
         return [hops for hops in _CONTEXT if hops <= widest]
     hops = sorted(set(wanted))
@@ -318,14 +448,15 @@ def _context_hops(table: AnnData, split_key: str, wanted: Sequence[int] | None) 
         raise ValueError(msg)
     if hops and hops[-1] > widest:
         msg = (
-            f"context={list(wanted)!r} reads across the buffer of obs[{split_key!r}], {params['buffer']:.0f} um, which leaves "
-            f"{widest:.0f} hops of {params['radius']:.1f} um: run `hn.pp.spatial_holdout(..., context_hops={hops[-1]})`, or leave out context."
+            f"context={list(wanted)!r} reads across the buffer of obs[{split_key!r}], {buffer:.0f} um, which leaves "
+            f"{widest:.0f} hops of the graph's {radius:.1f} um: run `hn.pp.spatial_holdout(..., "
+            f"context_hops={hops[-1]}, radius={radius:.1f})`, or leave out context."
         )
         raise ValueError(msg)
     return [int(h) for h in hops]
 
 
-def _check_molecules(table: AnnData, use_rep: str) -> set[str]:
+def _check_molecules(table: AnnData, use_rep: str, layer: str | None) -> set[str]:
     """Check what the teacher is made from: an embedding, or the counts."""
     if use_rep in table.obsm:
         features(table, use_rep)
@@ -333,5 +464,5 @@ def _check_molecules(table: AnnData, use_rep: str) -> set[str]:
     if use_rep not in {str(_keys.SCVI), str(_keys.PCA)}:
         msg = f"use_rep={use_rep!r} is not in obsm, which has {sorted(table.obsm)}."
         raise KeyError(msg)
-    refuse_empty_cells(table, raw_counts(table, None))
+    refuse_empty_cells(table, raw_counts(table, layer))
     return {"molecules"}

@@ -11,6 +11,7 @@ import pandas as pd
 
 from histoniche import _keys, metrics
 from histoniche._sdata import coordinates, open_target, origin, slide_of_cell
+from histoniche.models._checks import whole
 from histoniche.pl._colors import niche_palette
 
 from ._baseline_fits import (
@@ -21,6 +22,7 @@ from ._baseline_fits import (
     fit_baselines,
     gather_inputs,
 )
+from ._distill_niches import learnt_from
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -131,6 +133,12 @@ def evaluate_niches(
         No test or training cell, niches missing on those cells, an unknown baseline, ``block_um`` with which all test
         cells lie in one block.
 
+    Warns
+    -----
+    UserWarning
+        ``obs[split_key]`` or the teacher's logits are not those that the student was distilled with, so that it may have
+        learnt from test cells, or of other niches. Not told of tables with more or fewer cells than then.
+
     References
     ----------
     arXiv 2604.09076 (figures and Histology NOLAN, Histology Leiden).
@@ -144,7 +152,9 @@ def evaluate_niches(
         "cell_type_key": cell_type_key,
         "annotation_key": annotation_key,
     }
+    seed = whole("seed", seed, 0)
     cells = _cells(table, **columns)
+    _warn_of_changes(table, niche_key, split_key)
     check_baselines(baselines)
     blocks = _blocks(target, cells, spatial_key, block_um, n_boot)
     predicted: dict[str, np.ndarray] = {"student": cells.niche}
@@ -302,6 +312,30 @@ def _cells(
             )
             raise ValueError(msg)
     return _Cells(names, teacher_codes, train, test, niche_codes[test].astype(np.int64), cell_types, annotation)
+
+
+def _warn_of_changes(table: AnnData, niche_key: str, split_key: str) -> None:
+    """Warn where split or teacher are not those that the student was distilled with."""
+    entry = origin(table, "obs", niche_key) or {"params": {}}
+    then = entry["params"]
+    if "teacher_digest" not in then:
+        return
+    logits_key = str(entry["inputs"]["teacher"])
+    now = learnt_from(table, split_key, logits_key)
+    why = {
+        "split_digest": (f"obs[{split_key!r}]", "it may have learnt from test cells"),
+        "teacher_digest": (f"obsm[{logits_key!r}]", "it learnt of other niches"),
+    }
+    for name, (field, consequence) in why.items():
+        before, after = str(then.get(name, "none")), now.get(name, "none")
+        same_cells = str(then["teacher_digest"]).split("-")[0] == str(table.n_obs)
+        if same_cells and before != after:
+            warnings.warn(
+                f"{field} is not what the student of obs[{niche_key!r}] was distilled with, so {consequence}: run "
+                "`hn.tl.distill_niches` anew, or put it back.",
+                UserWarning,
+                stacklevel=3,
+            )
 
 
 # ----------------------------------------------------------------------------------------------------------- figures

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,16 +12,20 @@ import dask.array as da
 import numpy as np
 
 from histoniche import _keys, encoders
-from histoniche._sdata import Target, check_inside, coordinates, image, open_target
+from histoniche._sdata import Image, Target, check_inside, coordinates, open_target
+from histoniche._slides import images_of_cells
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
+
+_COARSER = 1.5
+"""An image is said to be too coarse where its pixels are more than so many times those that the encoder should see."""
 
 
 def histology_embedding(
     sdata: SpatialData,
     *,
-    image_key: str | None = None,
+    image_key: str | Mapping[str, str] | None = None,
     encoder: str = "uni2-h",
     mode: Literal["crop", "dense"] = "crop",
     um_per_px: float | None = None,
@@ -49,7 +55,8 @@ def histology_embedding(
     sdata
         SpatialData object with an H&E image (RGB, uint8) and a table.
     image_key
-        Name of the image; may be left out where there is just one.
+        Name of the image; may be left out where there is just one. For several slides in the table, each with its own
+        image, a mapping from the name of the slide (its region in the table) to the name of its image.
     encoder
         Name in :func:`histoniche.encoders.list_encoders`, or ``"timm/<model>"``.
     mode
@@ -64,10 +71,11 @@ def histology_embedding(
         False gives random weights: for tests of the machinery, never for results.
     store
         Directory of a feature store to fill, to finish where a run was stopped, or to read where it is complete. By
-        default a temporary one, removed afterwards.
+        default a temporary one, removed afterwards. With several images there is one in it for each, named after it.
     in_memory
         Whether the finished features are read into memory. Otherwise the entry of ``obsm`` is a lazy array over
-        ``store``, from which student and prediction read batch by batch; the store must then stay where it is.
+        ``store``, from which student and prediction read batch by batch; the store must then stay where it is. Only for
+        one image.
     batch_size
         Crops, or small tiles, at a time; the features do not depend on it, rounding apart.
     key_added
@@ -95,12 +103,18 @@ def histology_embedding(
     FloatingPointError
         Features that are not finite in float16.
     KeyError
-        No such encoder, image or table.
+        No such encoder, image or table; a slide without image in ``image_key``.
     ValueError
         An image that is not RGB uint8, without an affine transformation to um, or that does not hold all cells; a
         feature store that is damaged or holds other features; unknown mode; ``um_per_px``,
         ``field_of_view`` or ``batch_size`` not positive, or both of the first two;
-        ``in_memory=False`` without ``store``.
+        ``in_memory=False`` without ``store``, or with several images; one image for several slides where the object has
+        others that might be meant.
+
+    Warns
+    -----
+    UserWarning
+        The image is coarser than 1.5 times the um/px that the encoder should see.
 
     References
     ----------
@@ -121,7 +135,7 @@ def histology_embedding(
 def embed_histology(
     target: Target,
     *,
-    image_key: str | None,
+    image_key: str | Mapping[str, str] | None,
     encoder: str,
     mode: Literal["crop", "dense"],
     um_per_px: float | None = None,
@@ -150,25 +164,66 @@ def embed_histology(
         msg = f"batch_size={batch_size} must be at least 1."
         raise ValueError(msg)
     xy = coordinates(target, spatial_key)
-    picture = image(target.sdata, image_key)
-    points = check_inside(picture, xy, target.table.obs_names)
+    pictures = images_of_cells(target.sdata, target.table, image_key)
+    if not in_memory and len(pictures) > 1:
+        msg = f"in_memory=False is for one image, image_key names {len(pictures)}: leave it out, or split the table by slide."
+        raise ValueError(msg)
+    points = [check_inside(picture, xy[rows], target.table.obs_names[rows]) for picture, rows in pictures]
+    for picture, _ in pictures:
+        _warn_if_coarse(picture, resolution, encoder)
     loaded = encoders.load_encoder(spec, weights=weights, pretrained=pretrained)
     contract = encoders.feature_contract(loaded, mode, resolution)
     if expected is not None:
         check_contract(expected, contract, f"encoder {encoder!r}")
     with tempfile.TemporaryDirectory(prefix="histoniche-") as folder:
         place = Path(store) if store is not None else Path(folder) / "features.zarr"
-        filled = encoders.embed(
-            picture.pyramid, points, picture.um_per_px, loaded, place,
-            mode=mode, target_um_per_px=resolution, batch_size=batch_size,
-        )  # fmt: skip
-        values = filled.to_numpy() if in_memory else da.from_array(_Rows(filled), chunks=(4096, -1), name=False)
+        filled = [
+            encoders.embed(
+                picture.pyramid, px, picture.um_per_px, loaded, place if len(pictures) == 1 else place / picture.key,
+                mode=mode, target_um_per_px=resolution, batch_size=batch_size,
+            )
+            for (picture, _), px in zip(pictures, points, strict=True)
+        ]  # fmt: skip
+        values = _in_order_of_cells(filled, [rows for _, rows in pictures]) if in_memory else _lazy(filled[0])
     return target.write(
         "histology_embedding",
-        params={"contract": contract, "store": str(place.resolve()) if store is not None else None},
-        inputs={"image_key": picture.key, "spatial_key": spatial_key},
+        params={
+            "contract": contract, "store": str(place.resolve()) if store is not None else None,
+            # An array with other rows has another name, so that the store is read for the cells it was made of alone.
+            "lazy_name": values.name if isinstance(values, da.Array) else None, "in_memory": in_memory, "batch_size": batch_size,
+        },
+        inputs={
+            "image_key": dict(image_key) if isinstance(image_key, Mapping) else pictures[0][0].key,
+            "spatial_key": spatial_key, "weights": str(Path(weights).resolve()) if weights is not None else None,
+        },
         obsm={key_added or _keys.histology(encoder): values},
-    )
+    )  # fmt: skip
+
+
+def _warn_if_coarse(picture: Image, resolution: float, encoder: str) -> None:
+    if picture.um_per_px > _COARSER * resolution:
+        msg = (
+            f"images[{picture.key!r}] has {picture.um_per_px:.3g} um/px and is enlarged to {resolution:.3g} um/px for "
+            f"encoder {encoder!r}: the detail that it should see is missing, and features are not like those of finer "
+            "images. Attach the image at its full resolution, or embed all slides, those of training too, with um_per_px= "
+            "near that of the coarsest."
+        )
+        warnings.warn(msg, UserWarning, stacklevel=4)
+
+
+def _in_order_of_cells(stores: list[encoders.FeatureStore], rows: list[np.ndarray]) -> np.ndarray:
+    """Features of all cells, (n, d) float16, from the stores of their images."""
+    if len(stores) == 1:
+        return stores[0].to_numpy()
+    values = np.empty((sum(len(cells) for cells in rows), stores[0].shape[1]), dtype=np.float16)
+    for store, cells in zip(stores, rows, strict=True):
+        values[cells] = store.to_numpy()
+    return values
+
+
+def _lazy(store: encoders.FeatureStore) -> da.Array:
+    """The store as an array (n, d) that is read when it is needed, by one thread at a time."""
+    return da.from_array(_Rows(store), chunks=(4096, -1), name=False, lock=True)
 
 
 class _Rows:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import dask.array as da
 import numpy as np
 from scipy import sparse
 from sklearn.decomposition import PCA
@@ -50,7 +51,7 @@ def molecular_embedding(
     n_latent
         Length of the embedding.
     layer
-        Layer with the raw counts; ``X`` by default.
+        Layer with the raw counts; ``X`` by default. Counts of a backed or a lazy table are read into memory.
     empty_cells
         Cells without a count say nothing. ``"error"`` refuses them; ``"mean"`` leaves them out of the fit and gives
         them the mean embedding of the training cells.
@@ -134,7 +135,7 @@ def raw_counts(table: AnnData, layer: str | None) -> sparse.csr_matrix:
     if values is None or table.n_vars == 0:
         msg = f"{where} is empty: the molecular embedding needs the raw counts."
         raise ValueError(msg)
-    counts = sparse.csr_matrix(values)
+    counts = sparse.csr_matrix(_in_memory(values))
     bad = ~np.isfinite(counts.data) | (counts.data < 0) | (counts.data != np.round(counts.data))
     if bad.any():
         msg = (
@@ -143,6 +144,13 @@ def raw_counts(table: AnnData, layer: str | None) -> sparse.csr_matrix:
         )
         raise ValueError(msg)
     return counts
+
+
+def _in_memory(values: Any) -> Any:
+    """Counts of a backed or a lazy table, read."""
+    if isinstance(values, da.Array):
+        return values.compute()
+    return values.to_memory() if hasattr(values, "to_memory") else values
 
 
 def refuse_empty_cells(table: AnnData, counts: sparse.csr_matrix) -> None:

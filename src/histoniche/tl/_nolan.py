@@ -10,6 +10,7 @@ import numpy as np
 from histoniche import _keys
 from histoniche._sdata import coordinates, features, need_graph, open_target, train_mask
 from histoniche.models import fit_nolan
+from histoniche.models._checks import positive, training_settings, whole
 
 from ._niches import check_n_niches, niche_columns
 
@@ -91,7 +92,8 @@ def nolan(
     KeyError
         The embedding or the neighbour graph is missing.
     ValueError
-        K below 2, more niches than training cells, NaN in the embedding, no training cell.
+        K below 2, more niches than training cells, NaN in the embedding or the same embedding of all training cells, a
+        graph without an edge, no training cell; steps, batch size or temperature not positive.
 
     Warns
     -----
@@ -104,6 +106,9 @@ def nolan(
     """
     target = open_target(data, table_key=table_key, copy=copy)
     table = target.table
+    n_niches = whole("n_niches", n_niches)
+    n_steps, batch_size, _, seed = training_settings(n_steps=n_steps, batch_size=batch_size, lr=1.0, seed=seed)
+    teacher_temperature = positive("teacher_temperature", teacher_temperature)
     train = train_mask(table, split_key)
     check_n_niches(n_niches, int(train.sum()))
     xy = coordinates(target, spatial_key)
@@ -139,6 +144,7 @@ def nolan(
             "n_niches": n_niches, "n_steps": len(result.history["loss"]), "batch_size": batch_size, "seed": seed, "radius": radius,
             "teacher_temperature": teacher_temperature, "consensus": consensus, "collapsed": result.collapsed,
             "final_effective_niches": float(history["effective_niches"][-1]),
+            "niches": [str(name) for name in obs[key_added].categories],  # of the logits' columns; obs may lose some
         },
         inputs={"use_rep": use_rep, "split_key": split_key, "spatial_key": spatial_key},
         obs=obs,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 from histoniche import _keys
@@ -9,7 +10,7 @@ from histoniche._sdata import Target, coordinates, open_target, slide_of_cell, s
 from histoniche.models import NicheStudent
 from histoniche.neighbors import radius_graph
 
-from ._distill_niches import contract_of
+from ._distill_niches import contract_of, is_known
 from ._histology_embedding import check_contract, embed_histology
 from ._niches import confidence, niche_columns
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from histoniche.models._features import FeatureSource
 
 _LEAST_NEIGHBORS = 1.0
+_UNUSUAL = 3.0
+"""Factor between the neighbours that cells have here and had in training beyond which a warning is given."""
 
 
 def predict_niches(
@@ -52,7 +55,8 @@ def predict_niches(
     image_key
         Name of the H&E; may be left out where there is just one image.
     features_key
-        Entry of ``obsm`` with the histology embedding; by default that of the model's encoder.
+        Entry of ``obsm`` with the histology embedding; by default the one that the student was trained with, or where
+        that is missing the one of its encoder.
     weights, store
         Given to :func:`~histoniche.tl.histology_embedding` where the embedding is missing.
     batch_size
@@ -83,11 +87,18 @@ def predict_niches(
     ------
     ValueError
         The features or the encoder do not match the model's contract (the differing fields are named), the model is
-        damaged, or cells have hardly a neighbour within its radius, as happens with coordinates that are not in um.
+        damaged, or cells have less than one neighbour within its radius on average, as happens with coordinates in
+        smaller units than um.
     KeyError, TypeError
         Image, table or coordinates are missing.
     FileNotFoundError
         The model directory, or a file of it, is missing.
+
+    Warns
+    -----
+    UserWarning
+        Cells have more than 3 times the neighbours that the training cells had on average, or less than a third, as
+        happens with coordinates in pixels. Units that are nearer to um than that pass without a word.
 
     References
     ----------
@@ -98,14 +109,8 @@ def predict_niches(
     xy = coordinates(target, spatial_key)
     radius = student.config.radius
     graph = radius_graph(xy, radius, groups=slide_of_cell(target.table))
-    if graph.counts.mean() < _LEAST_NEIGHBORS:
-        wanted = student.config.training.get("mean_neighbors", float("nan"))
-        msg = (
-            f"Cells have {graph.counts.mean():.2f} neighbours within the model's radius of {radius:.1f} um on average; "
-            f"the model was trained with {wanted:.1f}. Are the coordinates, obsm[{spatial_key!r}], in um?"
-        )
-        raise ValueError(msg)
-    features_key = features_key or _keys.histology(str(student.config.contract.get("encoder")))
+    _check_neighbors(student, float(graph.counts.mean()), spatial_key)
+    features_key = features_key or _own_features(student, target.table)
     histology = _histology(
         target, student, features_key, image_key=image_key, weights=weights, store=store, spatial_key=spatial_key
     )
@@ -121,6 +126,31 @@ def predict_niches(
     )
 
 
+def _check_neighbors(student: NicheStudent, found: float, spatial_key: str) -> None:
+    """Refuse coordinates that cannot be in um, and warn of those that may not be."""
+    wanted = float(student.config.training.get("mean_neighbors", float("nan")))
+    msg = (
+        f"Cells have {found:.2f} neighbours within the model's radius of {student.config.radius:.1f} um on average; "
+        f"the model was trained with {wanted:.1f}. Are the coordinates, obsm[{spatial_key!r}], in um?"
+    )
+    if found < _LEAST_NEIGHBORS:
+        raise ValueError(msg)
+    if found > _UNUSUAL * wanted or found < wanted / _UNUSUAL:
+        warnings.warn(
+            f"{msg} If not, multiply them by um per px. If they are, the tissue is of another density, and niches may be wrong.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _own_features(student: NicheStudent, table: AnnData) -> str:
+    """Entry of ``obsm`` that the student was trained with; that of its encoder where it is missing and can be made."""
+    contract, own = student.config.contract, student.config.training.get("features_key")
+    if own is not None and (own in table.obsm or not is_known(contract)):
+        return str(own)
+    return _keys.histology(str(contract.get("encoder")))
+
+
 def _histology(
     target: Target,
     student: NicheStudent,
@@ -134,8 +164,11 @@ def _histology(
     """Features that keep the model's contract: those of the table, or made now."""
     contract = student.config.contract
     if features_key not in target.table.obsm:
-        if "mode" not in contract:
-            msg = f"obsm[{features_key!r}] is missing, and the model does not know how it is made ({contract})."
+        if not is_known(contract):
+            msg = (
+                f"obsm[{features_key!r}] is missing, and the model does not know how it is made ({contract}): put the "
+                "features there, made as those of the training were, or name their key with features_key=."
+            )
             raise KeyError(msg)
         embed_histology(
             target,
@@ -149,5 +182,7 @@ def _histology(
             spatial_key=spatial_key,
             expected=contract,
         )
-    check_contract(contract, contract_of(target.table, features_key), f"obsm[{features_key!r}]")
+    found = contract_of(target.table, features_key)
+    if is_known(contract) or is_known(found):  # of two unknown origins nothing but a name could be compared
+        check_contract(contract, found, f"obsm[{features_key!r}]")
     return streamed_features(target.table, features_key)
