@@ -105,15 +105,7 @@ def fields_from_sdata(
 def channel_image(sdata: SpatialData, image_key: str | None) -> tuple[_sdata.Image, list[str]]:
     """An image (c, y, x) of any number of channels, and their names."""
     image = _sdata.image(sdata, image_key, n_channels=None)
-    element = sdata.images[image.key]
-    dims = _sdata._scales(element)[0].dims
-    if dims != ("c", "y", "x"):
-        msg = (
-            f"images[{image.key!r}] has the axes {dims}; ('c', 'y', 'x') are needed: add one plane of it, or a projection "
-            "along z, as an image of its own with `Image2DModel.parse`."
-        )
-        raise ValueError(msg)
-    return image, [str(name) for name in get_channel_names(element)]
+    return image, [str(name) for name in get_channel_names(sdata.images[image.key])]
 
 
 def _channel_rows(key: str, names: list[str], channels: Sequence[str] | None) -> list[int]:
