@@ -127,7 +127,9 @@ def test_a_volume_is_refused():
     volume = Image3DModel.parse(
         np.zeros((1, 3, 60, 80)), dims=("c", "z", "y", "x"), transformations={"um": Scale([0.5, 0.5], axes=("x", "y"))}
     )
-    with pytest.raises(ValueError, match=r"images\['volume'\] has the axes \('c', 'z', 'y', 'x'\).*select or project z"):
+    with pytest.raises(
+        ValueError, match=r"images\['volume'\] has the axes \('c', 'z', 'y', 'x'\).*select or project z"
+    ):
         fields_from_sdata(SpatialData.init_from_elements({"volume": volume}))
 
 

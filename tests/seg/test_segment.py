@@ -405,7 +405,9 @@ def test_a_volume_is_refused(student: Threshold) -> None:
         np.zeros((1, 3, 50, 50), np.uint8), dims=("c", "z", "y", "x"), c_coords=["DAPI"],
         transformations={UM: Scale([0.5, 0.5], axes=("x", "y"))},
     )  # fmt: skip
-    with pytest.raises(ValueError, match=r"images\['volume'\] has the axes \('c', 'z', 'y', 'x'\).*select or project z"):
+    with pytest.raises(
+        ValueError, match=r"images\['volume'\] has the axes \('c', 'z', 'y', 'x'\).*select or project z"
+    ):
         segment(SpatialData(images={"volume": volume}), student)
 
 
