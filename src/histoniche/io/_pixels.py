@@ -125,10 +125,8 @@ def _drop_alpha(data: da.Array, path: Path) -> da.Array:
 
 def _open_plain(path: Path) -> Pixels:
     # These formats have no tiles: any pixel needs the whole image decoded, so it is decoded once, now.
-    limit, PillowImage.MAX_IMAGE_PIXELS = (
-        PillowImage.MAX_IMAGE_PIXELS,
-        None,
-    )  # whole slides are larger than Pillow trusts
+    limit = PillowImage.MAX_IMAGE_PIXELS
+    PillowImage.MAX_IMAGE_PIXELS = None  # whole slides are larger than Pillow trusts
     try:
         with PillowImage.open(path) as file:
             convert = file.mode in {"P", "CMYK", "YCbCr"}

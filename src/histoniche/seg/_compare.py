@@ -61,7 +61,8 @@ def compare(
 
     Every way ends with the same training on the same labels (:func:`~histoniche.seg.finetune`), and all that pretrain do so
     for equally many steps of equally large batches on the same images: ``"scratch"`` starts from random weights,
-    ``"imagenet"`` from those of ImageNet (MAE's own, where the student is ``"vit_base_patch16_224.mae"`` of timm), ``"mae"`` and ``"mocov3"`` from :func:`~histoniche.seg.pretrain`,
+    ``"imagenet"`` from those of ImageNet (MAE's own, where the student is ``"vit_base_patch16_224.mae"`` of timm),
+    ``"mae"`` and ``"mocov3"`` from :func:`~histoniche.seg.pretrain`,
     ``"task_agnostic_kd"`` from the hidden layers of the untouched teacher, and ``"ts_kd"`` from maps and hidden layers of
     the teacher that was adapted with the labels.
 
