@@ -90,7 +90,8 @@ def _head(table: AnnData, seeds: Sequence[int]) -> str:
 
 One whole Xenium section of human pancreas ({table.n_obs:,} cells; data CC BY 4.0, 10x Genomics). The H&E is **virtual**:
 rendered from the section's own DAPI, 18S and alphaSMA/vimentin stains (`hn.pp.virtual_he`), not scanned. EfficientNet-Lite0
-(ImageNet weights) dense features ({table.obsm["X_efficientnet-lite0"].shape[1]}) at 0.5 um/px. Mean and standard deviation
+(ImageNet weights) dense features ({table.obsm["X_efficientnet-lite0"].shape[1]}) at 0.5 um/px,
+means over {int(origin["histology_embedding"]["params"]["contract"].get("symmetries", 1))} mirror images. Mean and standard deviation
 of {len(seeds)} seeds, each with its own scVI, teacher, student and baselines. Neighbourhoods: radius
 {float(table.uns["niche_neighbors"]["params"]["radius"]):.1f} um (50 neighbours on average on training cells); the student's
 context: means over {hops} hops.

@@ -31,6 +31,8 @@ HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs" / "benchmarks"
 ENCODER = "efficientnet-lite0"
 CONTEXT_HOPS = 4
+SYMMETRIES = 4
+"""Features are means over mirror images: a network trained on photographs knows up and down."""
 UNSUPERVISED = ("histology_nolan", "histology_leiden")
 """Baselines that are also run on features of three strides: coarser ones cluster better, finer ones teach better."""
 
@@ -126,7 +128,9 @@ def histology(sdata: SpatialData, job: Job) -> None:
     """Dense features of the virtual H&E."""
     import histoniche as hn
 
-    hn.tl.histology_embedding(sdata, encoder=ENCODER, mode="dense", store=job.output / "features.zarr")
+    hn.tl.histology_embedding(
+        sdata, encoder=ENCODER, mode="dense", symmetries=SYMMETRIES, store=job.output / "features.zarr"
+    )
 
 
 @stage
@@ -176,7 +180,9 @@ def histology_3_strides(job: Job) -> None:
     hn.encoders.register(replace(usual, name=f"{ENCODER}-3-strides", dense_strides=(8, 16, 32)))
     sdata = job.read()
     store = job.output / "features_3.zarr"
-    hn.tl.histology_embedding(sdata, encoder=f"{ENCODER}-3-strides", mode="dense", key_added="three", store=store)
+    hn.tl.histology_embedding(
+        sdata, encoder=f"{ENCODER}-3-strides", mode="dense", symmetries=SYMMETRIES, key_added="three", store=store
+    )
     np.save(job.output / "features_3.npy", sdata["table"].obsm["three"])
 
 

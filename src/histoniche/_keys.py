@@ -42,6 +42,12 @@ HISTOLOGY = Key("obsm", "X_{encoder}", "(n, d) float16, histology embedding", "t
 TEACHER_LOGITS = Key(
     "obsm", "niche_logits_teacher", "(n, K) float32; their softmax is the teacher's assignment", "tl.nolan"
 )
+TEACHER_DISCS = Key(
+    "obsm",
+    "niche_logits_teacher_disc",
+    "(n, K) float32; the teacher's logits of the disc centred on each cell, which a student learns",
+    "tl.nolan",
+)
 TEACHER = Key("obs", "niche_teacher", "categorical, K categories; colours in uns", "tl.nolan")
 LOGITS = Key("obsm", "niche_logits", "(n, K) float32; the student's logits", "tl.distill_niches, tl.predict_niches")
 NICHE = Key("obs", "niche", "categorical, K categories; colours in uns", "tl.distill_niches, tl.predict_niches")

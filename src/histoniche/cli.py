@@ -121,6 +121,10 @@ def _add_image_options(parser: argparse.ArgumentParser) -> None:
 def _add_encoder_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--encoder", default="uni2-h", help="see `histoniche doctor` (%(default)s)")
     parser.add_argument("--mode", choices=("crop", "dense"), default="crop", help="(%(default)s)")
+    parser.add_argument(
+        "--symmetries", type=int, choices=(1, 2, 4, 8), default=1,
+        help="mirror images and turns that features are the mean over (%(default)s)",
+    )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -267,8 +271,9 @@ def _embed(args: argparse.Namespace) -> None:
 
     sdata = _read(args.input, args.output)
     hn.tl.histology_embedding(
-        sdata, image_key=args.image_key, encoder=args.encoder, mode=args.mode, table_key=args.table_key
-    )
+        sdata, image_key=args.image_key, encoder=args.encoder, mode=args.mode, symmetries=args.symmetries,
+        table_key=args.table_key,
+    )  # fmt: skip
     _write(sdata, args.output)
 
 
@@ -286,6 +291,7 @@ def _distill(args: argparse.Namespace) -> None:
         image_key=args.image_key,
         encoder=args.encoder,
         mode=args.mode,
+        symmetries=args.symmetries,
         model_dir=model_dir,
         seed=args.seed,
         table_key=args.table_key,

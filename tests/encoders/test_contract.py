@@ -43,6 +43,14 @@ def test_dense_contract(cnn: Encoder, vit: Encoder) -> None:
     assert of_vit["revision"] == "random-init"
 
 
+def test_symmetries_are_part_of_the_contract_where_there_are_any(cnn: Encoder) -> None:
+    four = load_encoder("efficientnet-lite0", symmetries=4)
+    one, other = feature_contract(cnn, "dense", 0.5), feature_contract(four, "dense", 0.5)
+    assert "symmetries" not in one  # as in models that were made before there was a choice
+    assert other == {**one, "symmetries": 4}
+    assert contract_difference(one, other) == ["symmetries"]
+
+
 @pytest.mark.parametrize("mode", ["crop", "dense"])
 def test_json_round_trip(cnn: Encoder, mode: str) -> None:
     contract = feature_contract(cnn, mode, 0.2125)

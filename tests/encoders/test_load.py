@@ -197,3 +197,58 @@ def test_what_is_not_a_state_dict(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "w.pth")
     with pytest.raises(ValueError, match="state dict"):
         load_encoder(TINY, weights=tmp_path / "w.pth")
+
+
+# -------------------------------------------------------------------------------------------------------- symmetries
+def _moves(n: int) -> list[Any]:
+    """The first n symmetries of a square, written out."""
+    every = [
+        lambda x: x,
+        lambda x: x.flip(3),
+        lambda x: x.flip(2),
+        lambda x: x.flip(2).flip(3),
+        lambda x: x.transpose(2, 3),
+        lambda x: x.transpose(2, 3).flip(3),
+        lambda x: x.transpose(2, 3).flip(2),
+        lambda x: x.transpose(2, 3).flip(2).flip(3),
+    ]
+    return every[:n]
+
+
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_embeddings_do_not_know_what_is_up(n: int) -> None:
+    one, encoder = (load_encoder("efficientnet-lite0", symmetries=symmetries) for symmetries in (1, n))
+    rgb = _rgb(2, 96)
+    with torch.inference_mode():
+        found = encoder.pooled(rgb)
+        by_hand = torch.stack([one.pooled(move(rgb)) for move in _moves(n)]).mean(0)
+        torch.testing.assert_close(found, by_hand, rtol=1e-4, atol=1e-4)
+        for move in _moves(n):
+            torch.testing.assert_close(encoder.pooled(move(rgb)), found, rtol=1e-4, atol=1e-4)
+        assert float((one.pooled(rgb.flip(3)) - one.pooled(rgb)).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("name", ["efficientnet-lite0", TINY])
+@pytest.mark.parametrize("n", [4, 8])
+def test_maps_move_with_the_image(name: str, n: int) -> None:
+    encoder = load_encoder(name, pretrained=name != TINY, symmetries=n)
+    rgb = _rgb(1, 160)
+    with torch.inference_mode():
+        found = encoder.maps(rgb)
+        for move in _moves(n):
+            for (moved, stride), (kept, same) in zip(encoder.maps(move(rgb)), found, strict=True):
+                assert stride == same
+                torch.testing.assert_close(moved, move(kept), rtol=1e-3, atol=1e-3)
+
+
+def test_maps_of_an_image_that_is_not_square() -> None:
+    encoder = load_encoder("efficientnet-lite0", symmetries=8)
+    with torch.inference_mode():
+        (fine, _), (coarse, _) = encoder.maps(_rgb(1, 160)[:, :, :96])
+    assert (fine.shape[2:], coarse.shape[2:]) == ((12, 20), (6, 10))
+
+
+@pytest.mark.parametrize("symmetries", [0, 3, -1])
+def test_numbers_of_symmetries(symmetries: int) -> None:
+    with pytest.raises(ValueError, match=f"symmetries={symmetries} must be one of \\[1, 2, 4, 8\\]"):
+        load_encoder("efficientnet-lite0", symmetries=symmetries)

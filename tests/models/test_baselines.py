@@ -205,7 +205,8 @@ def test_histology_nolan_reduces_features_and_passes_on_the_training_cells(blobs
 
     def fake(reduced, graph, coordinates, n_niches, **options):
         seen.update(options, shape=reduced.shape, n_niches=n_niches)
-        return NolanResult(np.log(np.eye(5, dtype=np.float32)[labels] + 1e-3), labels)
+        logits = np.log(np.eye(5, dtype=np.float32)[labels] + 1e-3)
+        return NolanResult(logits, logits, labels)
 
     monkeypatch.setattr("histoniche.models._nolan.fit_nolan", fake)
     result = histology_nolan(

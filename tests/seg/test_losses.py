@@ -32,10 +32,45 @@ def test_terms_against_plain_numpy() -> None:
     assert float(figures["supervised"]) == pytest.approx(np.mean(supervised), rel=1e-5)
 
 
+def test_kl_against_plain_numpy_and_the_extremes() -> None:
+    logits, maps, labelled = _inputs()
+    maps[0, 0, 0, :2] = torch.tensor([0.0, 1.0])
+    _, figures = DistillationLoss(uncertainty=False, matching="kl")(logits.float(), maps.float(), labelled.float())
+    p, t = 1 / (1 + np.exp(-logits.numpy())), maps.numpy()
+    kl = sum(np.where(t_ > 0, t_ * np.log(np.maximum(t_, 1e-300) / p_), 0) for t_, p_ in ((t, p), (1 - t, 1 - p)))
+    for row, term in enumerate(("probability", "boundary")):
+        wanted = np.mean([kl[i, row].mean() for i in (0, 2)])
+        assert float(figures[term]) == pytest.approx(wanted, rel=1e-5)
+        dice = [(2 * (p[i, row] * t[i, row]).sum() + 1) / (p[i, row].sum() + t[i, row].sum() + 1) for i in (0, 2)]
+        both = DistillationLoss((term,), uncertainty=False, matching="kl_dice")(
+            logits.float(), maps.float(), labelled.float()
+        )
+        assert float(both[0]) == pytest.approx(wanted + 1 - np.mean(dice), rel=1e-5)
+
+
+def test_kl_pulls_back_a_student_that_is_sure_of_nothing() -> None:
+    maps = torch.ones(1, 2, 4, 4)
+    size = {}
+    for matching in ("mse", "kl"):
+        logits = torch.full((1, 2, 4, 4), -8.0, requires_grad=True)
+        DistillationLoss(("probability",), uncertainty=False, matching=matching)(logits, maps, torch.zeros(1))[
+            0
+        ].backward()
+        size[matching] = float(-logits.grad[0, 0].sum())
+    assert size["kl"] == pytest.approx(1, abs=1e-3)  # the derivative is p - t
+    assert size["mse"] < 1e-3
+
+
+def test_unknown_matching() -> None:
+    with pytest.raises(ValueError, match=r"matching='l1': choose one of \['mse', 'kl', 'kl_dice'\]"):
+        DistillationLoss(matching="l1")
+
+
 @pytest.mark.parametrize("terms", [*[(term,) for term in DEFAULT_TERMS], DEFAULT_TERMS])
 @pytest.mark.parametrize("uncertainty", [False, True])
-def test_gradients(terms: tuple[str, ...], uncertainty: bool) -> None:
-    loss = DistillationLoss(terms, uncertainty=uncertainty).double()
+@pytest.mark.parametrize("matching", ["mse", "kl", "kl_dice"])
+def test_gradients(terms: tuple[str, ...], uncertainty: bool, matching: str) -> None:
+    loss = DistillationLoss(terms, uncertainty=uncertainty, matching=matching).double()
     logits, maps, labelled = _inputs(1)
     # The loss computes in float32, as training does: the gradient is compared at that precision.
     logits.requires_grad_()
@@ -55,9 +90,10 @@ def test_gradient_of_the_supervised_loss_in_double_precision() -> None:
     assert torch.autograd.gradcheck(lambda x: cross_entropy_and_dice(x, maps), (logits,))
 
 
-def test_perfect_prediction_is_the_minimum() -> None:
+@pytest.mark.parametrize("matching", ["mse", "kl", "kl_dice"])
+def test_perfect_prediction_is_the_minimum(matching: str) -> None:
     maps = (torch.rand(2, 2, 8, 8, generator=torch.Generator().manual_seed(0)) > 0.5).float()
-    loss = DistillationLoss(uncertainty=False)
+    loss = DistillationLoss(uncertainty=False, matching=matching)
     labelled = torch.tensor([0.0, 1.0])
     total, _ = loss((maps * 2 - 1) * 30, maps, labelled)
     assert float(total) == pytest.approx(0, abs=1e-4)

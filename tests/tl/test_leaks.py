@@ -85,6 +85,9 @@ def test_students_of_shuffled_niches_score_zero(taught):
     niches = table.obs["niche_teacher"].cat.codes.to_numpy().copy()
     logits[train], niches[train] = logits[order], niches[order]
     table.obsm["niche_logits_teacher"] = logits
+    with pytest.raises(ValueError, match="is not what obsm\\['niche_logits_teacher'\\] was made of"):
+        learn(table)
+    table.obsm["niche_logits_teacher_disc"][train] = table.obsm["niche_logits_teacher_disc"][order]
     table.obs["niche_teacher"] = pd.Categorical.from_codes(niches, table.obs["niche_teacher"].cat.categories)
     learn(table)
     frame = table.uns["niche_evaluation"]

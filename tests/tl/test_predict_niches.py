@@ -53,6 +53,18 @@ def test_new_tissue(model: Path) -> None:
     assert table.obs["niche_confidence"].between(1 / 3 - 1e-6, 1).all()
 
 
+def test_features_are_made_with_the_symmetries_of_the_training(tissue: SpatialData, tmp_path: Path) -> None:
+    trained = hn.datasets.synthetic_tissue(n_cells=400, n_niches=3, n_genes=60, seed=2)
+    options = {**QUICK, "n_steps": 3, "use_rep": "X_niche_pca", "target_neighbors": 12, "mode": "dense"}
+    hn.tl.distill_niches(trained, symmetries=2, model_dir=tmp_path / "m", **options)
+    assert NicheStudent.load(tmp_path / "m").config.contract["symmetries"] == 2
+    hn.tl.predict_niches(tissue, tmp_path / "m")
+    assert tissue["table"].uns["histoniche"]["histology_embedding"]["params"]["contract"]["symmetries"] == 2
+    hn.tl.histology_embedding(tissue, encoder="efficientnet-lite0", mode="dense")
+    with pytest.raises(ValueError, match="symmetries: model 2, here None"):
+        hn.tl.predict_niches(tissue, tmp_path / "m")
+
+
 def test_batch_size_does_not_matter(embedded: SpatialData, model: Path) -> None:
     one = hn.tl.predict_niches(embedded, model, batch_size=33, copy=True)["table"]
     two = hn.tl.predict_niches(embedded, model, batch_size=2048, copy=True)["table"]

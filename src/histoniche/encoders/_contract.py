@@ -26,7 +26,7 @@ def feature_contract(encoder: Encoder, mode: str, um_per_px: float) -> dict[str,
     Returns
     -------
     Contract: encoder, revision, mode, pooling, um/px, normalisation, and the field of view in um of a crop or the tile
-    and margin in px of dense mode.
+    and margin in px of dense mode; the number of symmetries where it is not 1.
     """
     from ._dense import dense_geometry
 
@@ -39,6 +39,10 @@ def feature_contract(encoder: Encoder, mode: str, um_per_px: float) -> dict[str,
         "mean": [float(v) for v in spec.mean],
         "std": [float(v) for v in spec.std],
     }
+    if (
+        encoder.symmetries > 1
+    ):  # features of models that were made before there was a choice are those of the image alone
+        contract["symmetries"] = encoder.symmetries
     if mode == "crop":
         return {**contract, "pooling": "pooled", "field_of_view_um": float(spec.input_px * um_per_px)}
     tile, margin = dense_geometry(encoder)

@@ -33,11 +33,15 @@ class Encoder:
         The network, in evaluation mode, without a classifier.
     revision
         SHA-256 of the weights, first 16 hexadecimal digits, or ``"random-init"``.
+    symmetries
+        Mirror images and quarter turns that features are the mean over: 1 (the image alone), 2 (and its mirror image), 4 (and both
+        upside down) or 8 (and all of these turned by a quarter).
     """
 
     spec: EncoderSpec
     module: nn.Module
     revision: str
+    symmetries: int = 1
 
     @property
     def is_vit(self) -> bool:
@@ -62,15 +66,31 @@ class Encoder:
 
     def pooled(self, rgb: Tensor) -> Tensor:
         """Embeddings (B, d) of crops, (B, 3, H, W) in 0 to 255."""
-        return self.module(self.normalise(rgb))
+        if self.symmetries == 1:
+            return self.module(self.normalise(rgb))
+        found = [self.module(self.normalise(_moved(rgb, way))).float() for way in _WAYS[: self.symmetries]]
+        return torch.stack(found).mean(dim=0)
 
     def maps(self, rgb: Tensor) -> list[tuple[Tensor, float]]:
         """Feature maps of an image, (B, 3, H, W) in 0 to 255.
+
+        Height and width are multiples of the strides: positions of the map of a mirror image are then those of the image.
 
         Returns
         -------
         Per map: (B, C, h, w) and its stride in px.
         """
+        if self.symmetries == 1:
+            return self._maps(rgb)
+        total: list[Tensor] = []
+        for way in _WAYS[: self.symmetries]:
+            found = self._maps(_moved(rgb, way))
+            back = [_moved_back(part.float(), way) for part, _ in found]
+            total = [a + b for a, b in zip(total, back, strict=True)] if total else back
+        return [(part / self.symmetries, stride) for part, (_, stride) in zip(total, found, strict=True)]
+
+    def _maps(self, rgb: Tensor) -> list[tuple[Tensor, float]]:
+        """Feature maps of the image as it is."""
         if not hasattr(self.module, "forward_intermediates"):
             msg = f"encoder {self.spec.name!r} gives no feature maps: use mode='crop'."
             raise ValueError(msg)
@@ -93,6 +113,23 @@ class Encoder:
         return [(m, float(s)) for m, s in zip(maps, self.spec.dense_strides, strict=True)]
 
 
+_WAYS = [(sides, turned) for turned in (False, True) for sides in ((), (3,), (2,), (2, 3))]
+"""Symmetries of a square: dimensions of an image (B, C, y, x) that are mirrored, and whether x and y change places first."""
+SYMMETRIES = (1, 2, 4, 8)
+
+
+def _moved(images: Tensor, way: tuple[tuple[int, ...], bool]) -> Tensor:
+    """Images (B, C, y, x) in one of the symmetries of a square."""
+    sides, turned = way
+    return (images.transpose(2, 3) if turned else images).flip(sides)
+
+
+def _moved_back(images: Tensor, way: tuple[tuple[int, ...], bool]) -> Tensor:
+    """Undo :func:`_moved`."""
+    sides, turned = way
+    return images.flip(sides).transpose(2, 3) if turned else images.flip(sides)
+
+
 def _reductions(module: nn.Module) -> list[int]:
     """Strides of the intermediate feature maps, in the order of ``forward_intermediates``."""
     info = getattr(module, "feature_info", None)
@@ -101,7 +138,9 @@ def _reductions(module: nn.Module) -> list[int]:
     return [int(r) for r in (info.reduction() if hasattr(info, "reduction") else [e["reduction"] for e in info])]
 
 
-def load_encoder(name: str | EncoderSpec, *, weights: str | Path | None = None, pretrained: bool = True) -> Encoder:
+def load_encoder(
+    name: str | EncoderSpec, *, weights: str | Path | None = None, pretrained: bool = True, symmetries: int = 1
+) -> Encoder:
     """Load an encoder.
 
     Parameters
@@ -113,6 +152,8 @@ def load_encoder(name: str | EncoderSpec, *, weights: str | Path | None = None, 
         of the hub.
     pretrained
         False gives random weights, the same each time: for tests of the machinery, never for results.
+    symmetries
+        Mirror images and quarter turns that features are the mean over: 1, 2, 4 or 8.
 
     Returns
     -------
@@ -129,8 +170,11 @@ def load_encoder(name: str | EncoderSpec, *, weights: str | Path | None = None, 
     KeyError
         No encoder of this name.
     ValueError
-        The weights do not fit the architecture, are damaged, or hold more than tensors.
+        The weights do not fit the architecture, are damaged, or hold more than tensors; another number of symmetries.
     """
+    if symmetries not in SYMMETRIES:
+        msg = f"symmetries={symmetries} must be one of {list(SYMMETRIES)}."
+        raise ValueError(msg)
     spec = get(name) if isinstance(name, str) else name
     if weights is not None:
         tensors = _read_weights(Path(weights))
@@ -151,7 +195,7 @@ def load_encoder(name: str | EncoderSpec, *, weights: str | Path | None = None, 
     if spec.source == "timm":
         spec = _completed(spec, module)
     random = weights is None and not pretrained
-    return Encoder(spec, module, "random-init" if random else f"sha256:{_digest(module)[:16]}")
+    return Encoder(spec, module, "random-init" if random else f"sha256:{_digest(module)[:16]}", int(symmetries))
 
 
 def _completed(spec: EncoderSpec, module: nn.Module) -> EncoderSpec:

@@ -114,6 +114,8 @@ class NolanResult:
     ----------
     logits
         (n, K) float32 logits of all cells; their softmax is the teacher's assignment.
+    discs
+        (n, K) float32 logits of the discs centred on the cells, before the mean over discs; ``logits`` itself without consensus.
     start
         (n,) niches of the mixture of neighbourhood means, where training started.
     history
@@ -123,6 +125,7 @@ class NolanResult:
     """
 
     logits: np.ndarray
+    discs: np.ndarray
     start: np.ndarray
     history: dict[str, list[float]] = field(default_factory=dict)
     collapsed: bool = False
@@ -247,10 +250,9 @@ def fit_nolan(
             description=description,
         )  # fmt: skip
     fitted = untrained if occupancy.collapsed else teacher
-    logits = predict_neighborhoods(fitted, features, graph, xy, radius=radius) / teacher_temperature
-    if consensus:
-        logits = consensus_logits(graph, logits)
-    return NolanResult(logits, start, history, occupancy.collapsed)
+    discs = predict_neighborhoods(fitted, features, graph, xy, radius=radius) / teacher_temperature
+    logits = consensus_logits(graph, discs) if consensus else discs
+    return NolanResult(logits, discs, start, history, occupancy.collapsed)
 
 
 def _check_signal(features: np.ndarray, graph: NeighborGraph, train_rows: np.ndarray) -> None:

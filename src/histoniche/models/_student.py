@@ -238,7 +238,8 @@ class NicheStudent:
         xy
             (n, 2) centroids in um.
         teacher_logits
-            (n, K); their softmax is the teacher's assignment. Only those of training cells are read.
+            (n, K); their softmax is the teacher's assignment of the disc centred on each cell. Only those of training cells are
+            read.
         train_cells
             (n,) bool; all by default.
         n_steps

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from ._fields import Field
     from ._fit import Alignment
+    from ._losses import Matching
     from .teachers import Teacher
 
 
@@ -35,6 +36,7 @@ def distill(
     weights: str | Path | None = None,
     terms: Sequence[str] = DEFAULT_TERMS,
     uncertainty: bool = True,
+    matching: Matching = "mse",
     hard: bool = False,
     layers: Mapping[int, str] | None = None,
     n_views: int = 4,
@@ -80,6 +82,9 @@ def distill(
         task could use is learnt, and a decoder is still to be trained (task-agnostic distillation).
     uncertainty
         Whether the terms' weights are learnt.
+    matching
+        How the maps are compared: ``"mse"``, ``"kl"`` or ``"kl_dice"``, by which sparse and thin structures are learnt sooner. See
+        :class:`DistillationLoss`.
     hard
         Whether the teacher's maps are cut at 0.5 to pseudo-labels: a control.
     layers
@@ -137,7 +142,7 @@ def distill(
         labelled_share=labelled_share,
     )  # fmt: skip
     used = [term for term in terms if term != "supervised" or labelled]
-    loss = DistillationLoss(used, uncertainty=uncertainty)
+    loss = DistillationLoss(used, uncertainty=uncertainty, matching=matching)
     segmenter = start_student(
         student, channels, fields[0].um_per_px, pretrained=pretrained, weights=weights, seed=seed,
         teacher={"name": teacher.name, "licence": teacher.licence},
@@ -155,8 +160,8 @@ def distill(
     if hard:
         maps = [(found > 0.5).astype(np.float32) for found in maps]
     segmenter.config.training = {
-        "terms": list(loss.terms), "uncertainty weights": uncertainty, "hard": hard, "fields": n_fields,
-        "labelled fields": len(labelled), "steps": n_steps, "batch": batch_size, "patch px": patch_px, "seed": seed,
+        "terms": list(loss.terms), "uncertainty weights": uncertainty, "matching": matching, "hard": hard,
+        "fields": n_fields, "labelled fields": len(labelled), "steps": n_steps, "batch": batch_size, "patch px": patch_px, "seed": seed,
     }  # fmt: skip
     judged = [*(validation or labelled)] if {"probability", "supervised"} & set(loss.terms) else []
     return _run(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 TERMS = ("probability", "boundary", "hidden", "supervised")
 DEFAULT_TERMS = ("probability", "boundary", "supervised")
+Matching = Literal["mse", "kl", "kl_dice"]
+MATCHINGS: tuple[Matching, ...] = get_args(Matching)
 _BOUND = 8.0
 
 
@@ -94,10 +96,10 @@ def _normalised(features: Tensor) -> Tensor:
 class DistillationLoss(nn.Module):
     """Loss of maps that a student predicts.
 
-    *probability*: mean squared error of the foreground's probability and the teacher's. *boundary*: mean squared error of the
-    probability of a boundary and the teacher's, whose boundary is that of each object, so that objects that touch stay
-    apart. *hidden*: distance of hidden features, see :class:`HiddenAlignment`. *supervised*: cross-entropy and soft Dice of both maps with those of the labels, on items with labels. Where
-    ``uncertainty`` is false, terms are added with weights of one.
+    *probability*: distance of the foreground's probability from the teacher's. *boundary*: that of the probability of a
+    boundary, whose boundary is that of each object, so that objects that touch stay apart. *hidden*: distance of hidden features,
+    see :class:`HiddenAlignment`. *supervised*: cross-entropy and soft Dice of both maps with those of the labels, on items with
+    labels. Where ``uncertainty`` is false, terms are added with weights of one.
 
     Parameters
     ----------
@@ -105,10 +107,24 @@ class DistillationLoss(nn.Module):
         Terms to use, of :data:`TERMS`.
     uncertainty
         Whether weights are learnt.
+    matching
+        How probabilities are compared: ``"mse"``, mean squared error; ``"kl"``, the Kullback-Leibler divergence in nats, whose
+        gradient does not fade where the student is sure; or ``"kl_dice"``, that and the soft Dice loss, for structures that are sparse
+        and thin.
     """
 
-    def __init__(self, terms: Sequence[str] = DEFAULT_TERMS, *, uncertainty: bool = True) -> None:
+    def __init__(
+        self,
+        terms: Sequence[str] = DEFAULT_TERMS,
+        *,
+        uncertainty: bool = True,
+        matching: Matching = "mse",
+    ) -> None:
         super().__init__()
+        if matching not in MATCHINGS:
+            msg = f"matching={matching!r}: choose one of {list(MATCHINGS)}."
+            raise ValueError(msg)
+        self.matching = matching
         unknown = [term for term in terms if term not in TERMS]
         if unknown or not terms:
             msg = f"terms={list(terms)}: choose at least one of {list(TERMS)}."
@@ -134,7 +150,6 @@ class DistillationLoss(nn.Module):
         """
         logits = logits.float()
         taught = 1 - labelled
-        probability = logits.sigmoid()
         figures: dict[str, Tensor] = {}
         for term in self.terms:
             if term == "supervised":
@@ -146,14 +161,22 @@ class DistillationLoss(nn.Module):
                 figures[term] = weighted_mean(hidden, taught)
             else:
                 row = TERMS.index(term)
-                error = (probability[:, row] - maps[:, row]).square().mean(dim=(1, 2))
-                figures[term] = weighted_mean(error, taught)
+                figures[term] = weighted_mean(map_distance(logits[:, row], maps[:, row], self.matching), taught)
         losses = torch.stack(list(figures.values()))
         if self.weights is None:
             return losses.sum(), figures
         for term, s in zip(self.terms, self.weights.bounded.detach(), strict=True):
             figures[f"s {term}"] = s
         return self.weights(losses), figures
+
+
+def map_distance(logits: Tensor, target: Tensor, matching: Matching) -> Tensor:
+    """Distance of ``sigmoid(logits)`` (B, y, x) from probabilities, (B,)."""
+    if matching == "mse":
+        return (logits.sigmoid() - target).square().mean(dim=(1, 2))
+    entropy = torch.special.entr(target) + torch.special.entr(1 - target)
+    kl = (F.binary_cross_entropy_with_logits(logits, target, reduction="none") - entropy).mean(dim=(1, 2))
+    return kl if matching == "kl" else kl + 1 - soft_dice(logits.sigmoid(), target)
 
 
 def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
@@ -164,7 +187,10 @@ def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
 def cross_entropy_and_dice(logits: Tensor, maps: Tensor) -> Tensor:
     """Cross-entropy plus soft Dice loss of every item, (B,), mean over its maps."""
     entropy = F.binary_cross_entropy_with_logits(logits, maps, reduction="none").mean(dim=(1, 2, 3))
-    probability = logits.sigmoid()
-    overlap = 2 * (probability * maps).sum(dim=(2, 3)) + 1
-    dice = overlap / (probability.sum(dim=(2, 3)) + maps.sum(dim=(2, 3)) + 1)
-    return entropy + (1 - dice).mean(dim=1)
+    return entropy + (1 - soft_dice(logits.sigmoid(), maps)).mean(dim=1)
+
+
+def soft_dice(probability: Tensor, target: Tensor) -> Tensor:
+    """Dice of maps (..., y, x), which need not be 0 or 1, (...,)."""
+    overlap = 2 * (probability * target).sum(dim=(-2, -1)) + 1
+    return overlap / (probability.sum(dim=(-2, -1)) + target.sum(dim=(-2, -1)) + 1)

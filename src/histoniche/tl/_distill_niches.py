@@ -37,6 +37,7 @@ from ._histology_embedding import histology_embedding
 from ._molecular_embedding import molecular_embedding, raw_counts, refuse_empty_cells
 from ._niches import check_n_niches, confidence, niche_columns
 from ._nolan import nolan
+from ._teacher import learnt_from, learnt_key, teacher_names
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -59,6 +60,7 @@ def distill_niches(
     image_key: str | None = None,
     encoder: str = "uni2-h",
     mode: Literal["crop", "dense"] = "crop",
+    symmetries: int = 1,
     features_key: str | None = None,
     use_rep: str = "X_scVI",
     layer: str | None = None,
@@ -95,7 +97,7 @@ def distill_niches(
         Number of niches K.
     image_key
         Name of the H&E; may be left out where there is just one image.
-    encoder, mode, store
+    encoder, mode, symmetries, store
         Given to :func:`~histoniche.tl.histology_embedding` where the embedding is missing.
     features_key
         Entry of ``obsm`` with the histology embedding; by default that of the encoder.
@@ -179,7 +181,7 @@ def distill_niches(
     width, depth, _ = transformer_size(width=width, depth=depth, heads=StudentConfig.heads)
     size: dict[str, Any] = {"temperature": positive("temperature", temperature), "width": width, "depth": depth}
     missing = _check(
-        target, n_niches=n_niches, image_key=image_key, encoder=encoder, mode=mode, features_key=features_key,
+        target, n_niches=n_niches, image_key=image_key, encoder=encoder, mode=mode, symmetries=symmetries, features_key=features_key,
         use_rep=use_rep, layer=layer, split_key=split_key, spatial_key=spatial_key,
     )  # fmt: skip
     radius = _wanted_radius(target, split_key, spatial_key, target_neighbors, seed)
@@ -187,7 +189,7 @@ def distill_niches(
     if model_dir is not None:
         check_free(Path(model_dir), overwrite=overwrite)
     _run_missing(
-        target, missing, n_niches=n_niches, image_key=image_key, encoder=encoder, mode=mode, store=store,
+        target, missing, n_niches=n_niches, image_key=image_key, encoder=encoder, mode=mode, symmetries=symmetries, store=store,
         features_key=features_key, use_rep=use_rep, layer=layer, radius=radius, split_key=split_key,
         spatial_key=spatial_key, seed=seed, table_key=table_key,
     )  # fmt: skip
@@ -205,7 +207,8 @@ def distill_niches(
             "radius": student.config.radius, "weights_sha256": student.digest, **learnt_from(table, split_key, str(_keys.TEACHER_LOGITS)),
         },
         inputs={
-            "features": features_key, "teacher": str(_keys.TEACHER_LOGITS), "split_key": split_key, "spatial_key": spatial_key, "image_key": image_key,
+            "features": features_key, "teacher": str(_keys.TEACHER_LOGITS), "taught": student.config.training["taught"],
+            "split_key": split_key, "spatial_key": spatial_key, "image_key": image_key,
         },
         obs={**obs, str(_keys.CONFIDENCE): confidence(logits)},
         obsm={str(_keys.LOGITS): logits},
@@ -225,6 +228,7 @@ def _run_missing(
     image_key: str | None,
     encoder: str,
     mode: Literal["crop", "dense"],
+    symmetries: int,
     store: str | Path | None,
     features_key: str,
     use_rep: str,
@@ -241,8 +245,8 @@ def _run_missing(
         spatial_neighbors(target.data, radius=radius, spatial_key=spatial_key, **common)
     if "histology" in missing:
         histology_embedding(
-            target.sdata, image_key=image_key, encoder=encoder, mode=mode, store=store, key_added=features_key,
-            spatial_key=spatial_key, table_key=table_key,
+            target.sdata, image_key=image_key, encoder=encoder, mode=mode, symmetries=symmetries, store=store,
+            key_added=features_key, spatial_key=spatial_key, table_key=table_key,
         )  # fmt: skip
     if "molecules" in missing:
         method: Literal["scvi", "pca"] = "scvi" if use_rep == str(_keys.SCVI) else "pca"
@@ -258,16 +262,17 @@ def _teach(
     graph, radius = need_graph(table)
     histology, teacher = streamed_features(table, features_key), features(table, str(_keys.TEACHER_LOGITS))
     train, test = train_mask(table, split_key), test_mask(table, split_key)
+    taught = learnt_key(table, graph, train)
     config = StudentConfig(
         n_features=histology.shape[1],
         n_niches=teacher.shape[1],
         radius=radius,
         contract=contract_of(table, features_key),
         niches=teacher_names(table, teacher.shape[1]),
-        training={**fit, "features_key": features_key},
+        training={**fit, "features_key": features_key, "taught": taught},
         **size,
     )
-    student = NicheStudent(config).fit(histology, graph, xy, teacher, train_cells=train, **fit)
+    student = NicheStudent(config).fit(histology, graph, xy, features(table, taught), train_cells=train, **fit)
     logits = student.predict(histology, graph, xy)
     # For the model card: on what the student was trained, and how often it agrees with the teacher.
     agree = logits.argmax(1) == teacher.argmax(1)
@@ -293,53 +298,6 @@ def is_known(contract: dict[str, Any]) -> bool:
     return "mode" in contract
 
 
-def teacher_names(table: AnnData, n_niches: int) -> list[str]:
-    """Names of the columns of the teacher's logits.
-
-    Those that the teacher recorded, since anndata drops categories without a cell from a subset; the categories of the
-    column where they were renamed.
-    """
-    key, logits_key = str(_keys.TEACHER), str(_keys.TEACHER_LOGITS)
-    if key not in table.obs:
-        msg = f"obs[{key!r}], the niches of obsm[{logits_key!r}], is missing: run `hn.tl.nolan` anew, or put the column back."
-        raise KeyError(msg)
-    column = table.obs[key]
-    if not isinstance(column.dtype, pd.CategoricalDtype):
-        msg = (
-            f"obs[{key!r}] is {column.dtype}, not categorical, so the order of the niches is unknown: run `hn.tl.nolan` "
-            f"anew, or `pd.Categorical(column, categories=[...])` with the {n_niches} names in the order of obsm[{logits_key!r}]."
-        )
-        raise TypeError(msg)
-    found = [str(name) for name in column.cat.categories]
-    entry = origin(table, "obsm", logits_key) or {"params": {}}
-    recorded = [str(name) for name in entry["params"].get("niches", [])]
-    if len(recorded) == n_niches and set(found) <= set(recorded):
-        return recorded
-    if len(found) == n_niches:
-        return found
-    msg = (
-        f"obs[{key!r}] has {len(found)} categories, {found}, for the {n_niches} columns of obsm[{logits_key!r}]: anndata drops "
-        "categories without a cell from a subset. Put them back with `.cat.set_categories([...])`, in the order of the "
-        "columns, or run `hn.tl.nolan` anew."
-    )
-    raise ValueError(msg)
-
-
-def learnt_from(table: AnnData, split_key: str, logits_key: str) -> dict[str, str]:
-    """Digests of split and teacher's logits, by the cells' names: the number of cells, and a sum over them in any order."""
-    values = {}
-    if split_key in table.obs:
-        values["split_digest"] = np.asarray(table.obs[split_key].astype(str), dtype=object)
-    if logits_key in table.obsm:
-        values["teacher_digest"] = np.asarray(table.obsm[logits_key])
-    names = np.asarray(table.obs_names, dtype=object)
-    digests = {}
-    for name, value in values.items():
-        rows = pd.util.hash_pandas_object(pd.DataFrame(value, index=names)).to_numpy(dtype=np.uint64)
-        digests[name] = f"{len(rows)}-{int(rows.sum(dtype=np.uint64)):016x}"
-    return digests
-
-
 def _plain(value: Any) -> Any:
     """Python's own types for what has been through h5ad or zarr."""
     if isinstance(value, np.ndarray):
@@ -354,6 +312,7 @@ def _check(
     image_key: str | None,
     encoder: str,
     mode: str,
+    symmetries: int,
     features_key: str,
     use_rep: str,
     layer: str | None,
@@ -374,6 +333,9 @@ def _check(
         if mode not in {"crop", "dense"}:
             msg = f"mode={mode!r} is unknown: choose 'crop' or 'dense'."
             raise ValueError(msg)
+        if symmetries not in encoders.SYMMETRIES:
+            msg = f"symmetries={symmetries} must be one of {list(encoders.SYMMETRIES)}."
+            raise ValueError(msg)
         encoders.get(encoder)
         check_inside(image(target.sdata, image_key), xy, table.obs_names)
     if str(_keys.TEACHER_LOGITS) not in table.obsm:
@@ -387,6 +349,9 @@ def _check(
         )
         raise ValueError(msg)
     teacher_names(table, n_niches)
+    graph = niche_graph(table)
+    if graph is not None:
+        learnt_key(table, graph[0], train_mask(table, split_key))
     return missing
 
 

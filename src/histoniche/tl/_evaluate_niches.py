@@ -22,7 +22,7 @@ from ._baseline_fits import (
     fit_baselines,
     gather_inputs,
 )
-from ._distill_niches import learnt_from
+from ._teacher import learnt_from
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -28,6 +28,7 @@ def histology_embedding(
     image_key: str | Mapping[str, str] | None = None,
     encoder: str = "uni2-h",
     mode: Literal["crop", "dense"] = "crop",
+    symmetries: int = 1,
     um_per_px: float | None = None,
     field_of_view: float | None = None,
     weights: str | Path | None = None,
@@ -61,6 +62,9 @@ def histology_embedding(
         Name in :func:`histoniche.encoders.list_encoders`, or ``"timm/<model>"``.
     mode
         ``"crop"`` or ``"dense"``.
+    symmetries
+        Mirror images and quarter turns of the image that features are the mean over: 1 (the image alone), 2, 4 or 8. Tissue has
+        no up or down, but features of a network trained on photographs do; for those 4 is worth its four times the work.
     um_per_px
         Resolution at which the encoder sees the tissue; by default the one it was trained at.
     field_of_view
@@ -107,7 +111,7 @@ def histology_embedding(
     ValueError
         An image that is not RGB uint8, without an affine transformation to um, or that does not hold all cells; a
         feature store that is damaged or holds other features; unknown mode; ``um_per_px``,
-        ``field_of_view`` or ``batch_size`` not positive, or both of the first two;
+        ``field_of_view`` or ``batch_size`` not positive, or both of the first two; another number of symmetries;
         ``in_memory=False`` without ``store``, or with several images; one image for several slides where the object has
         others that might be meant.
 
@@ -127,7 +131,7 @@ def histology_embedding(
         um_per_px = field_of_view / encoders.get(encoder).input_px
     target = open_target(sdata, table_key=table_key, copy=copy)
     return embed_histology(
-        target, image_key=image_key, encoder=encoder, mode=mode, um_per_px=um_per_px, weights=weights,
+        target, image_key=image_key, encoder=encoder, mode=mode, symmetries=symmetries, um_per_px=um_per_px, weights=weights,
         pretrained=pretrained, store=store, in_memory=in_memory, batch_size=batch_size, key_added=key_added, spatial_key=spatial_key,
     )  # fmt: skip
 
@@ -138,6 +142,7 @@ def embed_histology(
     image_key: str | Mapping[str, str] | None,
     encoder: str,
     mode: Literal["crop", "dense"],
+    symmetries: int = 1,
     um_per_px: float | None = None,
     weights: str | Path | None = None,
     pretrained: bool = True,
@@ -171,7 +176,7 @@ def embed_histology(
     points = [check_inside(picture, xy[rows], target.table.obs_names[rows]) for picture, rows in pictures]
     for picture, _ in pictures:
         _warn_if_coarse(picture, resolution, encoder)
-    loaded = encoders.load_encoder(spec, weights=weights, pretrained=pretrained)
+    loaded = encoders.load_encoder(spec, weights=weights, pretrained=pretrained, symmetries=symmetries)
     contract = encoders.feature_contract(loaded, mode, resolution)
     if expected is not None:
         check_contract(expected, contract, f"encoder {encoder!r}")

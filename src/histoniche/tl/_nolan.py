@@ -82,6 +82,8 @@ def nolan(
         ``uns[key_added + "_colors"]``.
     ``obsm["niche_logits_teacher"]`` (``obsm[key_added + "_logits"]`` for another ``key_added``)
         (n, K) float32; their softmax is the teacher's assignment.
+    ``obsm["niche_logits_teacher_disc"]`` (not for another ``key_added``)
+        (n, K) float32; logits of the disc centred on each cell, before the mean over discs: what a student learns.
     ``uns["niche_history"]["teacher"]``
         Loss and effective number of niches, exp(entropy of the mean assignment), of each step.
     ``uns["histoniche"]["nolan"]``
@@ -136,7 +138,9 @@ def nolan(
     is_teacher = key_added == str(_keys.TEACHER)
     obs, uns = niche_columns(result.logits, key_added)
     history = {name: np.asarray(values, dtype=np.float32) for name, values in result.history.items()}
+    obsm = {str(_keys.TEACHER_LOGITS) if is_teacher else f"{key_added}_logits": result.logits}
     if is_teacher:
+        obsm[str(_keys.TEACHER_DISCS)] = result.discs
         uns[str(_keys.HISTORY)] = {**table.uns.get(str(_keys.HISTORY), {}), "teacher": history}
     return target.write(
         "nolan",
@@ -148,6 +152,6 @@ def nolan(
         },
         inputs={"use_rep": use_rep, "split_key": split_key, "spatial_key": spatial_key},
         obs=obs,
-        obsm={str(_keys.TEACHER_LOGITS) if is_teacher else f"{key_added}_logits": result.logits},
+        obsm=obsm,
         uns=uns,
     )  # fmt: skip

@@ -175,6 +175,7 @@ def _histology(
             image_key=image_key,
             encoder=contract["encoder"],
             mode=contract["mode"],
+            symmetries=int(contract.get("symmetries", 1)),
             um_per_px=contract["um_per_px"],
             weights=weights,
             store=store,

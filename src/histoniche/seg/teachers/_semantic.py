@@ -16,7 +16,7 @@ from histoniche._random import isolated_rng
 from histoniche._settings import settings
 from histoniche.models._directory import read_directory, weights_digest, write_directory
 from histoniche.models._training import epoch_batches, train
-from histoniche.seg._augment import training_patch
+from histoniche.seg._augment import quarter_turned, training_patch
 from histoniche.seg._losses import cross_entropy_and_dice
 from histoniche.seg._targets import OUTPUTS, maps_of_labels
 
@@ -302,8 +302,9 @@ def tune(
     pick = epoch_batches(rows, batch_size, seed)
 
     def make(step: int) -> _Batch:
-        chosen = pick(step)
-        return embeddings[chosen].astype(np.float32), images[chosen].astype(np.float32), maps[chosen]
+        rng = np.random.default_rng([seed, 7, step])
+        turned = [_turned((embeddings[row], images[row], maps[row]), rng) for row in pick(step)]
+        return tuple(np.stack(part).astype(np.float32) for part in zip(*turned, strict=True))
 
     def loss(net: nn.Module, batch: _Batch, device: torch.device) -> tuple[Tensor, dict[str, float | Tensor]]:
         embedding, rgb, wanted = (to_device(array, device) for array in batch)
@@ -317,6 +318,12 @@ def tune(
             decoder, make, loss, n_steps=n_steps, lr=lr, weight_decay=weight_decay, description=f"tune {teacher.name}"
         )
     return SemanticTeacher(teacher, decoder)
+
+
+def _turned(arrays: Sequence[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
+    """Arrays (c, y, x) of one view, of any grids, mirrored and turned by quarters together: views are few, as each is encoded."""
+    turns, mirrored = int(rng.integers(4)), bool(rng.integers(2))
+    return [quarter_turned(torch.from_numpy(array), turns, mirrored=mirrored).numpy() for array in arrays]
 
 
 def two_classes(item: Field) -> np.ndarray:
