@@ -15,9 +15,9 @@ from histoniche.models._baselines import BaselineResult
 from histoniche.models._linear_probe import PENALTIES, LinearProbe
 from histoniche.neighbors import neighborhood_mean, radius_graph
 from histoniche.tl import _baseline_fits as fits
-from histoniche.tl._teacher import learnt_from
 from histoniche.tl._evaluate_niches import evaluate_niches
 from histoniche.tl._histology_embedding import _lazy
+from histoniche.tl._teacher import learnt_from
 
 PROBES = ("histology_leiden", "probe_cell", "probe_neighborhood", "coordinates_only")
 BLOCK = 60.0

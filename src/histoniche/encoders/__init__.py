@@ -2,12 +2,11 @@
 
 from ._contract import contract_difference, feature_contract
 from ._embed import embed
-from ._load import SYMMETRIES, Encoder, EncoderAccessError, load_encoder
+from ._load import Encoder, EncoderAccessError, load_encoder
 from ._registry import EncoderSpec, get, list_encoders, register
 from ._store import FeatureStore
 
 __all__ = [
-    "SYMMETRIES",
     "Encoder",
     "EncoderAccessError",
     "EncoderSpec",

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import pandas as pd
 from scipy.spatial import cKDTree
 
 from histoniche import _keys, encoders
@@ -27,6 +26,7 @@ from histoniche._sdata import (
     train_mask,
 )
 from histoniche._settings import settings
+from histoniche.encoders._load import SYMMETRIES
 from histoniche.models import NicheStudent, StudentConfig
 from histoniche.models._checks import positive, training_settings, transformer_size, whole
 from histoniche.models._directory import check_free
@@ -180,19 +180,16 @@ def distill_niches(
     n_steps, batch_size, lr, seed = training_settings(n_steps=n_steps, batch_size=batch_size, lr=lr, seed=seed)
     width, depth, _ = transformer_size(width=width, depth=depth, heads=StudentConfig.heads)
     size: dict[str, Any] = {"temperature": positive("temperature", temperature), "width": width, "depth": depth}
-    missing = _check(
-        target, n_niches=n_niches, image_key=image_key, encoder=encoder, mode=mode, symmetries=symmetries, features_key=features_key,
-        use_rep=use_rep, layer=layer, split_key=split_key, spatial_key=spatial_key,
-    )  # fmt: skip
+    common: dict[str, Any] = {
+        "n_niches": n_niches, "image_key": image_key, "encoder": encoder, "mode": mode, "symmetries": symmetries,
+        "features_key": features_key, "use_rep": use_rep, "layer": layer, "split_key": split_key, "spatial_key": spatial_key,
+    }  # fmt: skip
+    missing = _check(target, **common)
     radius = _wanted_radius(target, split_key, spatial_key, target_neighbors, seed)
     size["context"] = _context_hops(target, split_key, spatial_key, context, radius)
     if model_dir is not None:
         check_free(Path(model_dir), overwrite=overwrite)
-    _run_missing(
-        target, missing, n_niches=n_niches, image_key=image_key, encoder=encoder, mode=mode, symmetries=symmetries, store=store,
-        features_key=features_key, use_rep=use_rep, layer=layer, radius=radius, split_key=split_key,
-        spatial_key=spatial_key, seed=seed, table_key=table_key,
-    )  # fmt: skip
+    _run_missing(target, missing, radius=radius, store=store, seed=seed, table_key=table_key, **common)
 
     table, fit = target.table, {"n_steps": n_steps, "batch_size": batch_size, "lr": lr, "seed": seed}
     student, logits = _teach(table, coordinates(target, spatial_key), features_key, split_key, size=size, fit=fit)
@@ -333,8 +330,8 @@ def _check(
         if mode not in {"crop", "dense"}:
             msg = f"mode={mode!r} is unknown: choose 'crop' or 'dense'."
             raise ValueError(msg)
-        if symmetries not in encoders.SYMMETRIES:
-            msg = f"symmetries={symmetries} must be one of {list(encoders.SYMMETRIES)}."
+        if symmetries not in SYMMETRIES:
+            msg = f"symmetries={symmetries} must be one of {list(SYMMETRIES)}."
             raise ValueError(msg)
         encoders.get(encoder)
         check_inside(image(target.sdata, image_key), xy, table.obs_names)

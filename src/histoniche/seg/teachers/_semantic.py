@@ -16,7 +16,7 @@ from histoniche._random import isolated_rng
 from histoniche._settings import settings
 from histoniche.models._directory import read_directory, weights_digest, write_directory
 from histoniche.models._training import epoch_batches, train
-from histoniche.seg._augment import quarter_turned, training_patch
+from histoniche.seg._augment import quarter_turned, training_patch, turned_patch
 from histoniche.seg._losses import cross_entropy_and_dice
 from histoniche.seg._targets import OUTPUTS, maps_of_labels
 
@@ -337,13 +337,21 @@ def two_classes(item: Field) -> np.ndarray:
 
 
 def _views(fields: Sequence[Field], teacher: PromptedTeacher, n_views: int, patch_px: int, seed: int) -> _Batch:
-    """Embeddings (n, d, h, w) and images beside them (n, 3, 2h, 2w) float16, maps (n, 2, y, x) float32 of augmented patches."""
+    """Embeddings (n, d, h, w) and images beside them (n, 3, 2h, 2w) float16, maps (n, 2, y, x) float32 of augmented patches.
+
+    The light of every other one is left as it is: views are few, and where all are noisy, a decoder fails on what is not, such as the
+    black around the eye's ground.
+    """
     n = len(teacher.named)
     embeddings, images, maps = [], [], []
     for row, item in enumerate(tqdm(fields, desc=f"embed for {teacher.name}", disable=not settings.progress)):
         stack = np.concatenate([item.read(teacher.named), maps_of_labels(two_classes(item))])
         for view in range(n_views):
-            patch = training_patch(stack, n, patch_px, np.random.default_rng([seed, 4, row, view])).numpy()
+            rng = np.random.default_rng([seed, 4, row, view])
+            lit = (
+                turned_patch(stack, patch_px, rng).clamp(0, 1) if view % 2 else training_patch(stack, n, patch_px, rng)
+            )
+            patch = lit.numpy()
             embedding, _ = teacher.embed(patch[:n])
             embeddings.append(embedding[0].half().cpu().numpy())
             images.append(beside(teacher.prepare(patch[:n])[0], embedding)[0].half().cpu().numpy())
