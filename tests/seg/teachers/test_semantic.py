@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from histoniche._random import isolated_rng
 from histoniche.seg import Field
-from histoniche.seg.teachers import LiteMedSAM, PromptedTeacher, Prompts, SemanticTeacher, tune
+from histoniche.seg._augment import turned_patch
+from histoniche.seg._targets import maps_of_labels
+from histoniche.seg.teachers import LiteMedSAM, PromptedTeacher, Prompts, SemanticTeacher, _semantic, tune
 from histoniche.seg.teachers._sam import digest
 from histoniche.seg.teachers._semantic import DenseDecoder
 
@@ -77,10 +79,11 @@ def test_fields_of_another_shape_are_scaled_and_their_padding_cut_off() -> None:
     rgb = torch.from_numpy(np.concatenate([pixels, pixels.mean(0, keepdims=True)]))[None]
     rgb = F.pad(F.interpolate(rgb, size=(43, 64), mode="bilinear") * 2, (0, 0, 0, 21))
     with torch.no_grad():
-        # The decoder's map has half the size of the input: 43 rows of it are 22 of the map.
-        logits: Tensor = decoder(base.module(rgb), rgb)[..., :22, :32]
+        # The decoder sees no padding. Its map has twice the size of the embedding, whose 11 rows hold the 43 of the image.
+        logits: Tensor = decoder(base.module(rgb)[..., :11, :], rgb[..., :43, :])
+    assert logits.shape[2:] == (22, 32)
     wanted = F.interpolate(logits, size=(32, 48), mode="bilinear", align_corners=False).sigmoid()[0].numpy()
-    np.testing.assert_allclose(output.maps, wanted, atol=1e-6)
+    np.testing.assert_allclose(output.maps, wanted, atol=1e-5)
 
 
 def test_the_decoder_sees_what_the_embedding_has_lost() -> None:
@@ -91,6 +94,46 @@ def test_the_decoder_sees_what_the_embedding_has_lost() -> None:
     item = blobs(9)
     found, truth = teacher(item).maps[0] > 0.5, item.read_labels() > 0
     assert 2 * (found & truth).sum() / (found.sum() + truth.sum()) > 0.85
+
+
+def test_every_other_view_keeps_its_light() -> None:
+    base, item = Tiny(("DAPI", "membrane")), blobs(0)
+    stack = np.concatenate([item.read(base.named), maps_of_labels(item.read_labels())])
+    _, images, maps = _semantic._views([item], base, n_views=4, patch_px=32, seed=5)
+    for view in range(4):
+        plain = turned_patch(stack, 32, np.random.default_rng([5, 4, 0, view])).clamp(0, 1).numpy()
+        same = np.allclose(maps[view], plain[2:])
+        embedding, _ = base.embed(plain[:2])
+        shown = _semantic.beside(base.prepare(plain[:2])[0], embedding)[0].half().numpy()
+        assert same
+        assert np.allclose(images[view], shown, atol=1e-3) == bool(view % 2)
+
+
+def test_a_view_is_turned_as_a_whole() -> None:
+    rng = np.random.default_rng(0)
+    maps = rng.random((2, 16, 16), dtype=np.float32)
+    seen = set()
+    for seed in range(40):
+        moved, finer = _semantic._turned((maps, maps.repeat(2, 1).repeat(2, 2)), np.random.default_rng(seed))
+        np.testing.assert_array_equal(finer[:, ::2, ::2], moved)
+        seen.add(moved.tobytes())
+    assert len(seen) == 8
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_decoder_says_the_same_in_training_and_in_use(batch_size: int) -> None:
+    """But for the two normalisations of its input, whose statistics settle within a few steps."""
+    with isolated_rng(0):
+        decoder = DenseDecoder(6)
+        inputs = torch.rand(batch_size, 6, 8, 8), torch.rand(batch_size, 3, 32, 32)
+    layers = [type(layer) for layer in decoder.modules() if isinstance(layer, nn.GroupNorm | nn.BatchNorm2d)]
+    assert layers.count(nn.BatchNorm2d) == 2
+    for layer in decoder.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.eval()
+    with torch.no_grad():
+        training = decoder(*inputs)
+        torch.testing.assert_close(decoder.eval()(*inputs), training)
 
 
 def test_litemedsam_gets_a_decoder() -> None:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 _WIDTH = 64
 _IMAGE_WIDTHS = (16, 32, 64)
+_GROUPS = 8
 _Batch = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
@@ -74,7 +75,8 @@ class DenseDecoder(nn.Module):
 
 
 def _convolution(n_in: int, n_out: int, width: int = 3) -> list[nn.Module]:
-    return [nn.Conv2d(n_in, n_out, width, padding=width // 2), nn.BatchNorm2d(n_out), nn.GELU()]
+    """A layer whose normalisation does not depend on the batch: a decoder is tuned on few views, four or eight at a time."""
+    return [nn.Conv2d(n_in, n_out, width, padding=width // 2), nn.GroupNorm(_GROUPS, n_out), nn.GELU()]
 
 
 def _sized(maps: Tensor, like: Tensor) -> Tensor:
@@ -130,7 +132,10 @@ class SemanticTeacher:
         embedding, inner, hidden = self.base.embed_hidden(pixels) if features else (*self.base.embed(pixels), {})
         rgb, _ = self.base.prepare(pixels)
         with self._fabric.autocast():
-            logits = self.base.unpadded(self.decoder(embedding, rgb), inner)
+            if self.kind == "dense":  # padding would be part of what the decoder normalises by
+                logits = self.decoder(self.base.unpadded(embedding, inner), rgb[..., : inner[0], : inner[1]])
+            else:
+                logits = self.base.unpadded(self.decoder(embedding, rgb), inner)
         maps = F.interpolate(logits.float(), size=item.shape, mode="bilinear", align_corners=False).sigmoid()[0]
         return check_output(Output(maps.cpu().numpy(), hidden), item, self.name)
 
@@ -303,8 +308,9 @@ def tune(
 
     def make(step: int) -> _Batch:
         rng = np.random.default_rng([seed, 7, step])
-        turned = [_turned((embeddings[row], images[row], maps[row]), rng) for row in pick(step)]
-        return tuple(np.stack(part).astype(np.float32) for part in zip(*turned, strict=True))
+        views = [_turned((embeddings[row], images[row], maps[row]), rng) for row in pick(step)]
+        embedding, rgb, wanted = (np.stack(part).astype(np.float32) for part in zip(*views, strict=True))
+        return embedding, rgb, wanted
 
     def loss(net: nn.Module, batch: _Batch, device: torch.device) -> tuple[Tensor, dict[str, float | Tensor]]:
         embedding, rgb, wanted = (to_device(array, device) for array in batch)
