@@ -71,8 +71,8 @@ class Trial:
         self.xy = np.asarray(self.table.obsm["spatial"])
         self.radius = float(table.uns["niche_neighbors"]["params"]["radius"])
         self.graph = radius_graph(self.xy, self.radius)
-        self.logits = np.asarray(self.table.obsm["niche_logits_teacher"])
-        self.niche = self.logits.argmax(axis=1)
+        self.logits = np.asarray(self.table.obsm["niche_logits_teacher_disc"])
+        self.niche = np.asarray(self.table.obsm["niche_logits_teacher"]).argmax(axis=1)
         x = self.xy[:, 0]
         self.fit, self.bands = np.ones(len(x), dtype=bool), []
         for low, high in (np.quantile(x, band) for band in BANDS):
