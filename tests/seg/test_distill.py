@@ -75,6 +75,26 @@ def test_terms_can_be_switched(fields: list[Field]) -> None:
     )
 
 
+@pytest.mark.parametrize("matching", ["kl", "kl_dice"])
+def test_maps_can_be_matched_otherwise(fields: list[Field], tmp_path: Path, matching: str) -> None:
+    options = {"teacher": Knowing(), "checkpoint": tmp_path / "state.pt", "checkpoint_every": 2, **LEARNER}
+    model = distill(fields[:4], matching=matching, n_steps=40, **options)
+    assert model.config.training["matching"] == matching
+    assert model.history["probability"][-1] < 0.5 * model.history["probability"][0]
+    assert _dice(model, fields[4:]) > 0.8
+    with pytest.raises(ValueError, match="belongs to another training"):
+        distill(fields[:4], matching="mse", n_steps=40, **options)
+
+
+def test_unknown_matching_is_told_before_the_teacher_is_asked(fields: list[Field]) -> None:
+    class Asked(Knowing):
+        def __call__(self, item: Field, *, features: bool = False) -> Output:
+            raise AssertionError
+
+    with pytest.raises(ValueError, match="matching='l1': choose one of"):
+        distill(fields[:2], teacher=Asked(), matching="l1", n_steps=1, **SMALL)  # type: ignore[arg-type]
+
+
 def test_hard_pseudo_labels(fields: list[Field]) -> None:
     half = CallableTeacher(lambda pixels: np.full(pixels.shape[1:], 0.4), ["DAPI"], name="half", fingerprint="1")
     soft = distill(fields[:2], teacher=half, terms=("probability",), n_steps=1, **SMALL)
