@@ -127,7 +127,9 @@ def vary_schedules(name: str, data: Path, out: Path, *, part: str, large: bool) 
 
 def digest(*, large: bool) -> str:
     """What tells runs of these settings from those of others."""
-    return made_with(LARGE if large else SMALL, TUNING_VIEWS, VIEWS, PATCH, "calibrated DPT", "CHASE-DB1 whole")
+    return made_with(
+        LARGE if large else SMALL, TUNING_VIEWS, VIEWS, PATCH, "calibrated DPT", "CHASE-DB1 whole", "kl_dice"
+    )
 
 
 def one_task(

@@ -21,7 +21,7 @@ from ._pretrain import pretrain
 from ._segmenter import Segmenter
 from ._stages import Stages
 from ._start import check_fields
-from ._task_specific import TASK_TERMS, adapt_teacher, check_options
+from ._task_specific import THIRD_STAGE, adapt_teacher, check_options
 from .teachers import tune
 from .teachers._lora import finetune_lora
 
@@ -230,10 +230,10 @@ class _Grid:
                 patch_px=self.common["patch_px"], seed=seed,
             )  # fmt: skip
             return stages.run(
-                "distilled", {**self.made_of, "teacher": teacher.fingerprint}, Segmenter.load, Segmenter.save,
+                "distilled", {**self.made_of, **THIRD_STAGE, "teacher": teacher.fingerprint}, Segmenter.load, Segmenter.save,
                 lambda state: distill(
-                    self.transfer, teacher=teacher, terms=TASK_TERMS, checkpoint=state,
-                    cache=self.folder / "outputs", **options,
+                    self.transfer, teacher=teacher, checkpoint=state, cache=self.folder / "outputs",
+                    **{**THIRD_STAGE, **options},
                 ),
             )  # fmt: skip
         stages = Stages(self.folder / f"{arm}-{seed}")  # labels have no part in it

@@ -26,8 +26,8 @@ _NOT_DESCRIBED = {"checkpoint", "checkpoint_every", "cache"}
 _OURS = {"fields", "teacher", "folder", "checkpoint", "cache"}
 """Arguments of the stages' functions that are no options."""
 
-TASK_TERMS = ("probability", "boundary", "hidden")
-"""Terms of the loss of the third stage."""
+THIRD_STAGE: Options = {"terms": ("probability", "boundary", "hidden"), "matching": "kl_dice"}
+"""How the third stage teaches, unless it is told otherwise: structures of a task may be sparse and thin."""
 
 
 def task_specific_distill(
@@ -138,7 +138,7 @@ def task_specific_distill(
     )  # fmt: skip
     check_disjoint(synthetic, held_out)
     common = {"channel": channel, "patch_px": patch_px, "seed": seed}
-    options = {**common, "student": student, "pretrained": pretrained, "terms": TASK_TERMS, **(distillation or {})}
+    options = {**common, "student": student, "pretrained": pretrained, **THIRD_STAGE, **(distillation or {})}
     transfer = [*images, *synthetic]
     described = {"teacher": adapted.fingerprint, "fields": fingerprints(transfer), **_described(options)}
     distilled = stages.run(
