@@ -39,9 +39,7 @@ def feature_contract(encoder: Encoder, mode: str, um_per_px: float) -> dict[str,
         "mean": [float(v) for v in spec.mean],
         "std": [float(v) for v in spec.std],
     }
-    if (
-        encoder.symmetries > 1
-    ):  # features of models that were made before there was a choice are those of the image alone
+    if encoder.symmetries > 1:  # a model whose contract does not speak of them was made of the image alone
         contract["symmetries"] = encoder.symmetries
     if mode == "crop":
         return {**contract, "pooling": "pooled", "field_of_view_um": float(spec.input_px * um_per_px)}

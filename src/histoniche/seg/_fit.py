@@ -260,15 +260,8 @@ def fit(
     distiller = _Distiller(segmenter.module, loss, alignment)
     keep = None
     if checkpoint is not None:
-        settings = [
-            repr(segmenter),
-            segmenter.digest,
-            loss.terms,
-            loss.matching,
-            loss.weights is not None,
-            n_steps,
-            batch_size,
-        ]
+        settings = [repr(segmenter), segmenter.digest, loss.terms, loss.matching, loss.weights is not None]
+        settings += [n_steps, batch_size]
         settings += [patch_px, labelled_share, lr, weight_decay, seed, stacks.fingerprint()]
         settings += [] if alignment is None else [alignment.layers]
         if stopping is not None:

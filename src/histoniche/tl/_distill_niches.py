@@ -37,7 +37,7 @@ from ._histology_embedding import histology_embedding
 from ._molecular_embedding import molecular_embedding, raw_counts, refuse_empty_cells
 from ._niches import check_n_niches, confidence, niche_columns
 from ._nolan import nolan
-from ._teacher import learnt_from, learnt_key, teacher_names
+from ._teacher import learnt_from, learnt_key, teacher_names, warn_if_smoothed_twice
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -160,14 +160,15 @@ def distill_niches(
     ------
     KeyError, ValueError, TypeError
         Any input or setting that is missing or wrong, named with its value and what to do; checked before the first
-        step runs.
+        step runs. So are logits of discs that are not those of the teacher's labels.
     FileExistsError
         ``model_dir`` holds a model, or something else.
 
     Warns
     -----
     UserWarning
-        Training and test cells lie in each other's neighbourhoods, so that figures on the test cells flatter.
+        Training and test cells lie in each other's neighbourhoods, so that figures on the test cells flatter; the teacher's
+        logits of discs are missing, so that the student smooths twice.
 
     References
     ----------
@@ -260,6 +261,7 @@ def _teach(
     histology, teacher = streamed_features(table, features_key), features(table, str(_keys.TEACHER_LOGITS))
     train, test = train_mask(table, split_key), test_mask(table, split_key)
     taught = learnt_key(table, graph, train)
+    warn_if_smoothed_twice(table, taught)
     config = StudentConfig(
         n_features=histology.shape[1],
         n_niches=teacher.shape[1],

@@ -29,13 +29,6 @@ def learnt_key(table: AnnData, graph: NeighborGraph, train: np.ndarray) -> str:
     """
     key, discs = str(_keys.TEACHER_LOGITS), str(_keys.TEACHER_DISCS)
     if discs not in table.obsm:
-        if (origin(table, "obsm", key) or {"params": {}})["params"].get("consensus"):
-            warnings.warn(
-                f"obsm[{discs!r}] is missing, so the student learns obsm[{key!r}], which is a mean over discs already, and is "
-                "smoother than its teacher: run `hn.tl.nolan` anew to have it learn the discs.",
-                UserWarning,
-                stacklevel=4,
-            )
         return key
     given, niche = features(table, discs), features(table, key)[train].argmax(axis=1)
     if given.shape[1] == table.obsm[key].shape[1]:
@@ -50,6 +43,18 @@ def learnt_key(table: AnnData, graph: NeighborGraph, train: np.ndarray) -> str:
         f"obsm[{discs!r}] to have the student learn obsm[{key!r}]."
     )
     raise ValueError(msg)
+
+
+def warn_if_smoothed_twice(table: AnnData, taught: str) -> None:
+    """Tell that a student learns labels that are a mean over discs already; those of the user's own are taken as they are."""
+    entry = origin(table, "obsm", taught) or {"params": {}}
+    if taught == str(_keys.TEACHER_LOGITS) and entry["params"].get("consensus"):
+        warnings.warn(
+            f"obsm[{str(_keys.TEACHER_DISCS)!r}] is missing, so the student learns obsm[{taught!r}], which is a mean over discs "
+            "already, and is smoother than its teacher: run `hn.tl.nolan` anew to have it learn the discs.",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def teacher_names(table: AnnData, n_niches: int) -> list[str]:

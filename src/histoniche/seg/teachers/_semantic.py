@@ -354,10 +354,10 @@ def _views(fields: Sequence[Field], teacher: PromptedTeacher, n_views: int, patc
         stack = np.concatenate([item.read(teacher.named), maps_of_labels(two_classes(item))])
         for view in range(n_views):
             rng = np.random.default_rng([seed, 4, row, view])
-            lit = (
-                turned_patch(stack, patch_px, rng).clamp(0, 1) if view % 2 else training_patch(stack, n, patch_px, rng)
-            )
-            patch = lit.numpy()
+            if view % 2:
+                patch = turned_patch(stack, patch_px, rng).clamp(0, 1).numpy()
+            else:
+                patch = training_patch(stack, n, patch_px, rng).numpy()
             embedding, _ = teacher.embed(patch[:n])
             embeddings.append(embedding[0].half().cpu().numpy())
             images.append(beside(teacher.prepare(patch[:n])[0], embedding)[0].half().cpu().numpy())
