@@ -125,10 +125,12 @@ def test_embed_passes_its_options(monkeypatch, stored: Path, tmp_path: Path) -> 
     monkeypatch.setattr(hn, "tl", SimpleNamespace(histology_embedding=_record(calls, "embed")), raising=False)
     out = tmp_path / "out.zarr"
     command = ["embed", str(stored), str(out), "--encoder", "efficientnet-lite0", "--mode", "dense"]
-    assert cli.main([*command, "--image-key", "he", "--table-key", "cells"]) == 0
+    assert cli.main([*command, "--symmetries", "4", "--image-key", "he", "--table-key", "cells"]) == 0
     (sdata,), options = calls["embed"]
     assert isinstance(sdata, SpatialData)
-    assert options == {"image_key": "he", "encoder": "efficientnet-lite0", "mode": "dense", "table_key": "cells"}
+    assert options == {
+        "image_key": "he", "encoder": "efficientnet-lite0", "mode": "dense", "symmetries": 4, "table_key": "cells",
+    }  # fmt: skip
     assert read_zarr(out).tables["cells"].n_obs == 6
 
 
@@ -140,6 +142,7 @@ def test_distill_names_a_model_folder_beside_the_output(monkeypatch, stored: Pat
     options = calls["distill"][1]
     assert options["model_dir"] == tmp_path / "out_model"
     assert (options["n_niches"], options["seed"], options["encoder"], options["mode"]) == (7, 3, "uni2-h", "crop")
+    assert options["symmetries"] == 1
     assert str(tmp_path / "out_model") in capsys.readouterr().out
 
     (tmp_path / "second_model").mkdir()
