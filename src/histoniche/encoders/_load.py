@@ -115,7 +115,14 @@ class Encoder:
 
 _WAYS = [(sides, turned) for turned in (False, True) for sides in ((), (3,), (2,), (2, 3))]
 """Symmetries of a square: dimensions of an image (B, C, y, x) that are mirrored, and whether x and y change places first."""
-SYMMETRIES = (1, 2, 4, 8)
+_NUMBERS = (1, 2, 4, 8)
+
+
+def check_symmetries(n: int) -> None:
+    """Refuse a number of symmetries that do not belong together."""
+    if n not in _NUMBERS:
+        msg = f"symmetries={n} must be one of {list(_NUMBERS)}."
+        raise ValueError(msg)
 
 
 def _moved(images: Tensor, way: tuple[tuple[int, ...], bool]) -> Tensor:
@@ -172,9 +179,7 @@ def load_encoder(
     ValueError
         The weights do not fit the architecture, are damaged, or hold more than tensors; another number of symmetries.
     """
-    if symmetries not in SYMMETRIES:
-        msg = f"symmetries={symmetries} must be one of {list(SYMMETRIES)}."
-        raise ValueError(msg)
+    check_symmetries(symmetries)
     spec = get(name) if isinstance(name, str) else name
     if weights is not None:
         tensors = _read_weights(Path(weights))

@@ -26,7 +26,7 @@ from histoniche._sdata import (
     train_mask,
 )
 from histoniche._settings import settings
-from histoniche.encoders._load import SYMMETRIES
+from histoniche.encoders._load import check_symmetries
 from histoniche.models import NicheStudent, StudentConfig
 from histoniche.models._checks import positive, training_settings, transformer_size, whole
 from histoniche.models._directory import check_free
@@ -332,9 +332,7 @@ def _check(
         if mode not in {"crop", "dense"}:
             msg = f"mode={mode!r} is unknown: choose 'crop' or 'dense'."
             raise ValueError(msg)
-        if symmetries not in SYMMETRIES:
-            msg = f"symmetries={symmetries} must be one of {list(SYMMETRIES)}."
-            raise ValueError(msg)
+        check_symmetries(symmetries)
         encoders.get(encoder)
         check_inside(image(target.sdata, image_key), xy, table.obs_names)
     if str(_keys.TEACHER_LOGITS) not in table.obsm:
