@@ -12,6 +12,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+def device_name() -> str:
+    """What a run is made on."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
 def made_with(*shared: Any) -> str:
     """Digest of settings that all runs share: figures made with others are not taken for theirs."""
     return hashlib.sha256(json.dumps(shared).encode()).hexdigest()[:8]

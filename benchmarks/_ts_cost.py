@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 STAGES = ("teacher", "tune", "finetune_lora", "synthesize", "distill", "pretrain, MAE", "pretrain, MoCo v3", "finetune")
 FEW, MORE = 2, 8
+FEW_ON_GPU, MORE_ON_GPU = 10, 60
 """Steps of two short trainings; their difference is the time of a step, without what comes before."""
 
 
@@ -64,30 +65,39 @@ def _calls(settings_of: dict[str, Any], *, large: bool) -> dict[str, Callable[[i
 
 
 def stage_cost(stage: str, settings_of: dict[str, Any], *, large: bool) -> dict[str, Any]:
-    """Seconds of a step and peak memory of a stage; called in a fresh process."""
+    """Seconds of a step and peak memory of a stage; without a GPU called in a fresh process."""
     settings.progress = False
-    if not torch.cuda.is_available():
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    else:
         torch.set_num_threads(1)
+    few, more = (FEW_ON_GPU, MORE_ON_GPU) if on_gpu else (FEW, MORE)
     call, taken = _calls(settings_of, large=large)[stage], []
-    for n_steps in (1, FEW, MORE):  # the first warms up
+    for n_steps in (1, few, more):  # the first warms up
         start = time.perf_counter()
         call(n_steps)
+        if on_gpu:
+            torch.cuda.synchronize()
         taken.append(time.perf_counter() - start)
-    on_gpu = torch.cuda.is_available()
     memory = (
         torch.cuda.max_memory_allocated() / 1e9 if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     )
     return {
-        "stage": stage, "s_step": (taken[-1] - taken[-2]) / (MORE - FEW), "memory_gb": memory,
+        "stage": stage, "s_step": (taken[-1] - taken[-2]) / (more - few), "memory_gb": memory,
         "device": torch.cuda.get_device_name() if on_gpu else "one thread of a CPU",
     }  # fmt: skip
 
 
 def measure(out: Path, settings_of: dict[str, Any], *, large: bool) -> None:
-    """Measure all stages and write ``cost.csv``."""
+    """Measure all stages and write ``cost.csv``, or ``cost_gpu.csv``."""
+    on_gpu = torch.cuda.is_available()
     rows = []
     for stage in STAGES:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            rows.append(pool.submit(stage_cost, stage, settings_of, large=large).result())
+        if on_gpu:  # torch itself counts what it allocates: one process will do
+            rows.append(stage_cost(stage, settings_of, large=large))
+        else:
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                rows.append(pool.submit(stage_cost, stage, settings_of, large=large).result())
         print(rows[-1], flush=True)
-    pd.DataFrame(rows).to_csv(out / "cost.csv", index=False)
+    pd.DataFrame(rows).to_csv(out / ("cost_gpu.csv" if on_gpu else "cost.csv"), index=False)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from _runs import made_with, read_runs
+from _runs import device_name, made_with, read_runs
 from _seg_data import (
     FEWEST,
     N_TRANSFER,
@@ -52,6 +52,8 @@ STUDENTS = ("mobilenetv3-small", "efficientnet-b0", "resnet18", "swin-tiny", "ef
 PRETRAINED = ("efficientnet-lite0",)
 """Students that start from ImageNet weights: those that can be had without a download."""
 CONTROL = "mobilenetv3-small"
+GPU_BATCH = 64
+"""Images of a batch where students are timed on a GPU."""
 N_LABELLED, N_STEPS = 4, 600
 SETTINGS = {"batch_size": 4, "patch_px": PATCH}
 RATES = {"swin-tiny": 5e-4, "efficientnet-lite0": 2e-3}
@@ -177,20 +179,21 @@ def one_run(run: Run, out: Path, part: str) -> str:
     if run.seed == 0 and run.n_labelled == N_LABELLED and run.n_steps == N_STEPS:
         np.savez_compressed(path.with_suffix(".npz"), *found[:4])
     beside = path.with_suffix(".part")
-    about = {**asdict(run), "made_with": MADE_WITH, "threshold": student.config.threshold}
+    about = {**asdict(run), "made_with": MADE_WITH, "threshold": student.config.threshold, "device": device_name()}
     beside.write_text(json.dumps({**about, **measured(found, fields)}, indent=1))
     beside.replace(path)
     return run.file
 
 
 def measure_cost(out: Path) -> None:
-    """Parameters and megapixels a second of teacher and students, on one thread, in one run."""
+    """Parameters and megapixels a second of teacher and students, on one thread of a CPU, in one run."""
     import tempfile
 
     import onnxruntime
     import torch
 
     torch.set_num_threads(1)
+    settings.accelerator = "cpu"
     image = np.random.default_rng(0).random((1, TEST, TEST), dtype=np.float32)
     mpx = TEST * TEST / 1e6
     teacher = seg.teachers.LiteMedSAM(["DNA"])
@@ -214,6 +217,30 @@ def measure_cost(out: Path) -> None:
             feed = {session.get_inputs()[0].name: image[None]}
             figures[f"cost.{name}.onnx_mpx_s"] = mpx / seconds(lambda s=session, f=feed: s.run(None, f))
     (out / "cost.json").write_text(json.dumps({name: round(value, 4) for name, value in figures.items()}, indent=1))
+
+
+def measure_gpu_cost(out: Path) -> None:
+    """The same on a GPU: one image at a time, as the teacher takes them, and students in batches as well."""
+    import torch
+
+    settings.accelerator = "cuda"
+    images = np.random.default_rng(0).random((GPU_BATCH, 1, TEST, TEST), dtype=np.float32)
+    mpx = TEST * TEST / 1e6
+    teacher = seg.teachers.LiteMedSAM(["DNA"])
+
+    def embed() -> None:
+        teacher.embed(images[0])
+        torch.cuda.synchronize()
+
+    figures: dict[str, Any] = {"cost_gpu.teacher.mpx_s": mpx / seconds(embed)}
+    for name in STUDENTS:
+        student = seg.Segmenter(seg.SegmenterConfig(encoder=name, channels=["DNA"]))
+        one, many = (seconds(lambda model=student, n=n: model.predict_maps(images[:n])) for n in (1, GPU_BATCH))
+        figures[f"cost_gpu.{name}.mpx_s"], figures[f"cost_gpu.{name}.batch_mpx_s"] = mpx / one, GPU_BATCH * mpx / many
+    figures = {name: round(value, 4) for name, value in figures.items()}
+    (out / "cost_gpu.json").write_text(
+        json.dumps({"cost_gpu.device": torch.cuda.get_device_name(), **figures}, indent=1)
+    )
 
 
 def count(module: Any) -> float:
@@ -240,10 +267,14 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes, each with one thread")
     parser.add_argument("--only", choices=list(SPLITS), help="one data set")
     parser.add_argument("--validation", action="store_true")
+    parser.add_argument("--gpu-cost", action="store_true", help="only the speed of teacher and students on a GPU")
     parser.add_argument("--resume", action="store_true", help="do not repeat the runs of docs/benchmarks")
     args = parser.parse_args()
     part = "validation" if args.validation else "test"
     (args.out / part).mkdir(parents=True, exist_ok=True)
+    if args.gpu_cost:
+        measure_gpu_cost(args.out)
+        return
     names = [args.only] if args.only else list(SPLITS)
     for name in names:
         prepare(name, args.data, args.out)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from _runs import made_with, read_runs
+from _runs import device_name, made_with, read_runs
 from _ts_cost import measure as measure_stages
 from _ts_data import PATCH, TASKS, VIEWS
 from _ts_page import RUN, RUNS, write
@@ -43,7 +43,7 @@ SMALL: dict[str, Any] = {
 }
 """For two cores: 7 s a step of LoRA are left out, see ``LORA``. How long the last training takes decides what pretraining is worth:
 see ``--schedules``."""
-LORA = {"n_steps": 15, "batch_size": 2, "lr": 3e-4}
+LORA = {"n_steps": 40, "batch_size": 2, "lr": 3e-4}
 """Adaptation of the ablation on two cores."""
 LARGE: dict[str, Any] = {
     "tuning": {"n_steps": 1000, "batch_size": 8},
@@ -157,7 +157,7 @@ def one_task(
             n_labelled=[n_labelled], seeds=[seed], channel=task.channels, patch_px=PATCH,
             **options_of(task, n_labelled, large=large),
         )  # fmt: skip
-        frame = frame.assign(task=name, made_with=digest(large=large))
+        frame = frame.assign(task=name, made_with=digest(large=large), device=device_name())
         frame.to_csv(out / f"{name}.{part}.{n_labelled}.{seed}.csv", index=False)
         print(f"{name} seed {seed}\n{frame.to_string(index=False)}", flush=True)
     return name

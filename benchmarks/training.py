@@ -1,6 +1,6 @@
 """Training and prediction of student and NOLAN: throughput of the package's loop against the bare model.
 
-    python benchmarks/training.py [--device cuda]
+    python benchmarks/training.py [--device cuda --predicted 200000]
 
 Loop and bare model take turns in one process, so that both see the same machine. Writes
 ``docs/benchmarks/training.{md,json}``.
@@ -315,6 +315,9 @@ def report(arguments: argparse.Namespace, found: dict[str, dict[str, Any]]) -> N
     goal = f"missed by {'; '.join(missed)}" if missed else "met by all four"
     machine = torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} cores ({platform.machine()}), no GPU"
     newline = "\n"
+    command = "python benchmarks/training.py"
+    if on_gpu:
+        command += f" --device cuda --predicted {arguments.predicted} --rounds {arguments.rounds}"
     host = (
         "\nTimes of phases are those of the host, which runs ahead of the GPU; the ratios are measured with the GPU waited for.\n"
         if on_gpu
@@ -353,7 +356,7 @@ moving average. The bare loop has its loss under *forward* and no clipping.
 {machine}; {torch.get_num_threads()} threads, Python {platform.python_version()}, torch {version("torch")}, precision {make_fabric()._precision.precision}.
 
 ```bash
-python benchmarks/training.py{" --device cuda" if on_gpu else ""}
+{command}
 ```
 
 All figures: `{name}.json`.

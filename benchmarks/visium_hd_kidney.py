@@ -38,6 +38,8 @@ UM_PER_PX = _readers.KIDNEY_UM_PER_PX
 """Resolution of the encoder: that of the image."""
 FIELD_OF_VIEW = 224 * UM_PER_PX
 """Width in um of what the encoder sees around a bin."""
+SYMMETRIES = 4
+"""Mirror images that features are the mean of, as on the pancreas, where they were chosen."""
 N_LATENT = 20
 N_GENES = 2000
 N_TYPES = 12
@@ -74,7 +76,7 @@ def prepared(data: Path, output: Path, bin_um: int) -> SpatialData:
         return sdata
     sdata = read(data, bin_um)
     hn.tl.molecular_embedding(sdata, method="pca", n_latent=N_LATENT, empty_cells="mean")
-    hn.tl.histology_embedding(sdata, encoder=ENCODER, mode="dense", um_per_px=UM_PER_PX)
+    hn.tl.histology_embedding(sdata, encoder=ENCODER, mode="dense", um_per_px=UM_PER_PX, symmetries=SYMMETRIES)
     table = sdata["table"]
     table.obs["bin_type"] = _kidney.bin_types(table.obsm["X_niche_pca"], table.obs["split"] == "train", N_TYPES)
     table.write_h5ad(state.with_suffix(".new"))
@@ -207,7 +209,7 @@ PAGE = """# Visium HD kidney: niches and glomeruli from real H&E
 A crop of 2 x 2 mm of human kidney (Visium HD, FFPE; 10x Genomics) with the section's own **H&E scan**, at 2.008 um/px, coarse
 for histology. The unit is a bin, not a cell. The main table is of {main} um bins (sums of 2 x 2 bins of 8 um); {other} um bins are
 compared with one seed. The teacher is NOLAN on {n_latent} principal components of {n_genes:,} variable genes, the student sees
-EfficientNet-Lite0 (ImageNet weights) dense features at {um_per_px} um/px. Mean ± SD of {seeds} seeds, each with its own teacher.
+EfficientNet-Lite0 (ImageNet weights) dense features at {um_per_px} um/px, means over {symmetries} mirror images. Mean ± SD of {seeds} seeds, each with its own teacher.
 
 The second of four horizontal strips is held out: {test:,} test bins of {n:,}, {train:,} for training, {left_out:,} in the
 buffer of {buffer:.0f} um on either side: three times the neighbourhoods' radius of {radius:.0f} um, which gives 50 neighbours (two hops of
@@ -370,7 +372,7 @@ def report(arguments: argparse.Namespace, results: dict[str, dict[str, Any]]) ->
     write_json(arguments.docs / "visium_hd_kidney.json", flat)
     page = PAGE.format(
         main=MAIN, other=OTHER, n=table.n_obs, test=split["test"], train=split["train"], left_out=split["buffer"],
-        buffer=buffer, radius=radius, seeds=arguments.seeds, um_per_px=UM_PER_PX, field=FIELD_OF_VIEW, n_genes=N_GENES, n_latent=N_LATENT,
+        buffer=buffer, radius=radius, seeds=arguments.seeds, um_per_px=UM_PER_PX, symmetries=SYMMETRIES, field=FIELD_OF_VIEW, n_genes=N_GENES, n_latent=N_LATENT,
         n_types=N_TYPES, smoothing=_kidney.SMOOTHING, least=_kidney.LEAST_AREA,
         models="\n\n".join(models_table(flat, s) for s in settings if s.startswith(f"{MAIN}um")),
         others="\n\n".join(models_table(flat, s) for s in settings if not s.startswith(f"{MAIN}um")),

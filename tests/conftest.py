@@ -27,8 +27,13 @@ def data_dir() -> Path:
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Models and stores without a place of their own go to a folder of the test; no progress bars."""
+    """Models and stores without a place of their own go to a folder of the test; no progress bars; one kind of device.
+
+    Tests compare bits, and arrays made beside the package, so they run on the CPU unless ``HISTONICHE_TEST_ACCELERATOR`` names
+    another device: on a GPU those of such comparisons fail.
+    """
     from histoniche import settings
 
     monkeypatch.setattr(settings, "cache_dir", tmp_path / "cache")
     monkeypatch.setattr(settings, "progress", False)
+    monkeypatch.setattr(settings, "accelerator", os.environ.get("HISTONICHE_TEST_ACCELERATOR", "cpu"))

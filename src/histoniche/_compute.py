@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,10 +15,11 @@ from ._settings import settings
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    import numpy as np
     from lightning.fabric import Fabric
 
 B = TypeVar("B")
+
+_THREADS_FOR_GPU = 4
 
 
 def make_fabric() -> Fabric:
@@ -62,3 +64,18 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def on_device(batch: Any, device: torch.device) -> Any:
+    """Arrays in tuples and lists, however nested, as tensors on the device.
+
+    Called by the threads that prepare batches: copying to pinned memory takes as long as a step of a small model.
+    """
+    if isinstance(batch, np.ndarray):
+        return to_device(batch, device)
+    return type(batch)(on_device(part, device) for part in batch)
+
+
+def preparing_threads(device: torch.device) -> int:
+    """Threads that prepare batches for a device, and batches that lie ready for it."""
+    return _THREADS_FOR_GPU if device.type == "cuda" else 1

@@ -38,8 +38,8 @@ def _train(path: Path | None, *, stop: int | None = None, fingerprint: str = "a"
             raise _Stopped
         return np.random.default_rng(step).normal(size=(8, 3)).astype(np.float32)
 
-    def loss(module: nn.Module, x: np.ndarray, device: torch.device) -> tuple[Tensor, dict[str, float | Tensor]]:
-        return (module(torch.from_numpy(x)) - 1).square().mean(), {}
+    def loss(module: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, float | Tensor]]:
+        return (module(x) - 1).square().mean(), {}
 
     def after(module: nn.Module, step: int) -> bool:
         counter.seen.append(step)
@@ -90,7 +90,7 @@ def test_learning_rates_by_name() -> None:
     module = nn.ModuleDict({"slow": nn.Linear(1, 1, bias=False), "fast": nn.Linear(1, 1, bias=False)})
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
 
-    def loss(net: nn.Module, x: np.ndarray, device: torch.device) -> tuple[Tensor, dict[str, float | Tensor]]:
+    def loss(net: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, float | Tensor]]:
         return sum(p.sum() for p in module.parameters()), {}
 
     train(

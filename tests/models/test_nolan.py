@@ -118,7 +118,7 @@ def test_cells_outside_the_training_part_do_not_train(tissue: tuple) -> None:
 
 def test_collapse_is_noticed_and_undone(tissue: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     features, graph, xy, _ = tissue
-    monkeypatch.setattr(_Occupancy, "update", lambda self, mean: setattr(self, "mean", np.array([1.0, 0, 0])))
+    monkeypatch.setattr(_Occupancy, "update", lambda self, mean: setattr(self, "mean", torch.tensor([1.0, 0, 0])))
     result = fit_nolan(features, graph, xy, 3, radius=RADIUS, consensus=False, **QUICK)
     assert result.collapsed
     assert len(result.history["loss"]) == 1

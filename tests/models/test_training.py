@@ -22,10 +22,9 @@ def fit(n_steps: int, bad: int | None = None, stop: int | None = None) -> tuple[
         x = np.random.default_rng(step).normal(size=(16, 3)).astype(np.float32)
         return x * np.nan if step == bad else x
 
-    def loss(model: nn.Module, batch: np.ndarray, device: torch.device) -> tuple[Tensor, dict[str, float | Tensor]]:
-        x = torch.from_numpy(batch).to(device)
+    def loss(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, float | Tensor]]:
         value = (model(x)[:, 0] - x.sum(1)).square().mean()
-        return value, {"on_device": 2 * value.detach(), "number": float(len(batch))}
+        return value, {"on_device": 2 * value.detach(), "number": float(len(x))}
 
     history = train(
         module, make, loss, n_steps=n_steps, lr=0.05, weight_decay=0.0, after_step=lambda _, step: step == stop
@@ -64,11 +63,11 @@ def test_bad_loss_names_its_step(bad: int) -> None:
 
 
 def test_bad_gradient_of_a_finite_loss() -> None:
-    def loss(model: nn.Module, batch: int, _: torch.device) -> tuple[Tensor, dict[str, float | Tensor]]:
+    def loss(model: nn.Module, batch: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, float | Tensor]]:
         return (model.weight - model.weight).square().sum().sqrt(), {}  # the slope of the root at zero is infinite
 
     with pytest.raises(FloatingPointError, match="the norm of the gradient is nan at step 0"):
-        train(nn.Linear(2, 1), lambda step: step, loss, n_steps=3, lr=0.1, weight_decay=0.0)
+        train(nn.Linear(2, 1), lambda step: (), loss, n_steps=3, lr=0.1, weight_decay=0.0)
 
 
 def test_epochs_are_permutations_whatever_the_thread() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,11 +13,11 @@ from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from histoniche._compute import to_device
 from histoniche._random import isolated_rng
 from histoniche.metrics import effective_number
-from histoniche.neighbors import NeighborGraph, Neighborhoods, neighborhood_mean, padded_neighborhoods
+from histoniche.neighbors import NeighborGraph, neighborhood_mean, padded_neighborhoods
 
 from ._checks import training_settings, whole
 from ._features import rotate, take
@@ -30,6 +30,8 @@ from ._transformer import NeighborhoodTransformer, masked_mean
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+_View = tuple[np.ndarray, np.ndarray, np.ndarray]
+
 _START_CELLS = 200_000
 _REGULARIZATION = 0.01
 """Share of the mean variance of neighbourhood means that is added to the variances inside niches."""
@@ -37,6 +39,8 @@ _START_TEMPERATURE = 0.05
 """Temperature at which the assignment at the start is the mixture's own posterior."""
 _COLLAPSED = 0.5
 """Training stops where the effective number of niches falls below this share of what it started from."""
+_LOOK_EVERY = 20
+"""Steps from one look at that to the next: a look makes a GPU's host wait for it."""
 
 
 class Nolan(nn.Module):
@@ -222,27 +226,20 @@ def fit_nolan(
     )  # fmt: skip
     occupancy = _Occupancy(np.bincount(start[train_rows], minlength=n_niches) / len(train_rows))
 
-    def loss(
-        student: nn.Module, batch: list[tuple[np.ndarray, Neighborhoods]], device: torch.device
-    ) -> tuple[Tensor, dict[str, float]]:
-        teacher.to(device)
-        inputs = [
-            (to_device(tokens, device), to_device(n.offsets, device), to_device(n.mask, device)) for tokens, n in batch
-        ]
+    def loss(student: nn.Module, views: list[tuple[Tensor, ...]]) -> tuple[Tensor, dict[str, float | Tensor]]:
+        teacher.to(views[0][0].device)
         with torch.no_grad():
-            targets = [teacher(*view) for view in inputs[:2]]
-        occupancy.update(torch.softmax(targets[0] / teacher_temperature, dim=-1).mean(0).float().cpu().numpy())
+            targets = [teacher(*view) for view in views[:2]]
+            occupancy.update(torch.softmax(targets[0] / teacher_temperature, dim=-1).mean(0).float())
         value = self_distillation_loss(
-            [student(*view) for view in inputs], targets, student_temperature, teacher_temperature
+            [student(*view) for view in views], targets, student_temperature, teacher_temperature
         )
         return value, {"effective_niches": occupancy.effective}
 
     def follow(student: nn.Module, step: int) -> bool:
         current = 1 - (1 - momentum) * 0.5 * (1 + np.cos(np.pi * step / n_steps))
-        with torch.no_grad():
-            for slow, fast in zip(teacher.parameters(), student.parameters(), strict=True):
-                slow.lerp_(fast, 1 - current)
-        return occupancy.collapsed
+        get_ema_multi_avg_fn(current)(list(teacher.parameters()), list(student.parameters()), None)
+        return step % _LOOK_EVERY == 0 and occupancy.collapsed
 
     with isolated_rng(seed):
         history = train(
@@ -272,22 +269,24 @@ def _check_signal(features: np.ndarray, graph: NeighborGraph, train_rows: np.nda
 
 
 class _Occupancy:
-    """Running mean of the teacher's assignment, to notice a collapse."""
+    """Running mean of the teacher's assignment, on its device, to notice a collapse."""
 
     def __init__(self, start: np.ndarray) -> None:
-        self.mean = start
+        self.mean = torch.from_numpy(start.astype(np.float32))
         self.start = effective_number(start)
 
     @property
-    def effective(self) -> float:
-        return effective_number(self.mean)
+    def effective(self) -> Tensor:
+        """Exponential of the entropy, a scalar."""
+        share = self.mean / self.mean.sum()
+        return torch.special.entr(share).sum().exp()
 
     @property
     def collapsed(self) -> bool:
-        return self.effective < _COLLAPSED * self.start
+        return float(self.effective) < _COLLAPSED * self.start
 
-    def update(self, mean: np.ndarray) -> None:
-        self.mean = 0.95 * self.mean + 0.05 * mean
+    def update(self, mean: Tensor) -> None:
+        self.mean = 0.95 * self.mean.to(mean.device) + 0.05 * mean
 
 
 def _warm_start(
@@ -370,22 +369,19 @@ def _views(
     max_tokens: int,
     local_views: int,
     seed: int,
-) -> Callable[[int], list[tuple[np.ndarray, Neighborhoods]]]:
-    """Views of each step: a disc, a second one and local ones around random neighbours of the first disc's cell."""
+) -> Callable[[int], list[_View]]:
+    """Views of each step, (tokens, offsets, mask) each: a disc, a second one and local ones around random neighbours of the first disc's cell."""
     batches = epoch_batches(train_rows, batch_size, seed)
     is_train = np.zeros(graph.n_cells, dtype=bool)
     is_train[train_rows] = True
 
-    def view(
-        centers: np.ndarray, view_seed: int, rng: np.random.Generator, within: float
-    ) -> tuple[np.ndarray, Neighborhoods]:
+    def view(centers: np.ndarray, view_seed: int, rng: np.random.Generator, within: float) -> _View:
         n = padded_neighborhoods(
             graph, xy, centers, radius, max_tokens=max_tokens, seed=view_seed, keep=keep, within=within
         )
-        n = replace(n, offsets=rotate(n.offsets, rng))
-        return take(features, n.index), n
+        return take(features, n.index), rotate(n.offsets, rng), n.mask
 
-    def make(step: int) -> list[tuple[np.ndarray, Neighborhoods]]:
+    def make(step: int) -> list[_View]:
         rng = np.random.default_rng([seed, 1, step])
         centers = batches(step)
         base = (seed * 1_000_003 + step) * 16

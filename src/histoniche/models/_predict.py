@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -10,18 +10,14 @@ from scipy.special import softmax
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from histoniche._compute import ahead, make_fabric, to_device
+from histoniche._compute import ahead, make_fabric, on_device, preparing_threads
 from histoniche._settings import settings
 from histoniche.neighbors import NeighborGraph, neighborhood_mean, padded_neighborhoods
 
 from ._features import FeatureSource, take
 
-if TYPE_CHECKING:
-    from histoniche.neighbors import Neighborhoods
-
 LEAST_PROBABILITY = 1e-6
 _PROJECTED_AT_ONCE = 16_384
-_WORKERS_FOR_GPU = 4
 _SEED = 0
 """Seed of the subset that cells with more neighbours than tokens see: a constant, so that two runs give the same labels."""
 
@@ -81,25 +77,21 @@ def predict_neighborhoods(
     # Neighbourhoods of a like size share a batch, so that little of it is padding.
     order = np.argsort(graph.counts, kind="stable")
 
-    def make(step: int) -> tuple[np.ndarray, Neighborhoods]:
+    def make(step: int) -> tuple[Tensor, ...]:
         rows = order[step * batch_size : (step + 1) * batch_size]
-        return rows, padded_neighborhoods(graph, xy, rows, radius, max_tokens=max_tokens, seed=_SEED)
+        found = padded_neighborhoods(graph, xy, rows, radius, max_tokens=max_tokens, seed=_SEED)
+        return on_device((rows, found.index, found.offsets, found.mask), device)
 
     steps = -(-n // batch_size)
-    workers = _WORKERS_FOR_GPU if device.type == "cuda" else 1
     logits: Tensor | None = None
     with torch.inference_mode():
         projected = _project(module, features, n, device)
-        batches = ahead(make, steps, workers=workers)
-        for rows, batch in tqdm(batches, total=steps, desc=description, disable=not settings.progress):
-            found = module.niches(
-                projected[to_device(batch.index, device)],
-                to_device(batch.offsets, device),
-                to_device(batch.mask, device),
-            )
+        batches = ahead(make, steps, workers=preparing_threads(device))
+        for rows, index, offsets, mask in tqdm(batches, total=steps, desc=description, disable=not settings.progress):
+            found = module.niches(projected[index], offsets, mask)
             if logits is None:
                 logits = torch.empty((n, found.shape[1]), device=device)
-            logits[to_device(rows, device)] = found.float()  # stays on the device, which need not wait
+            logits[rows] = found.float()  # stays on the device, which need not wait
     return logits.cpu().numpy()  # type: ignore[union-attr]  # _project refuses zero cells
 
 
@@ -124,12 +116,13 @@ def consensus(graph: NeighborGraph, logits: np.ndarray) -> np.ndarray:
 def _project(module: NicheModule, features: np.ndarray | FeatureSource, n: int, device: torch.device) -> Tensor:
     """Projections of all cells, (n, p) on the device; the next features are read while these are projected."""
 
-    def make(step: int) -> np.ndarray:
-        return take(features, np.arange(step * _PROJECTED_AT_ONCE, min((step + 1) * _PROJECTED_AT_ONCE, n)))
+    def make(step: int) -> Tensor:
+        rows = np.arange(step * _PROJECTED_AT_ONCE, min((step + 1) * _PROJECTED_AT_ONCE, n))
+        return on_device(take(features, rows), device)
 
     projected: Tensor | None = None
-    for step, block in enumerate(ahead(make, -(-n // _PROJECTED_AT_ONCE))):
-        found = module.project(to_device(block, device))
+    for step, block in enumerate(ahead(make, -(-n // _PROJECTED_AT_ONCE), workers=preparing_threads(device))):
+        found = module.project(block)
         if projected is None:
             projected = found.new_empty((n, found.shape[1]))
         projected[step * _PROJECTED_AT_ONCE : step * _PROJECTED_AT_ONCE + len(found)] = found

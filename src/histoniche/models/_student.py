@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from histoniche._compute import to_device
 from histoniche._random import isolated_rng
-from histoniche.neighbors import NeighborGraph, Neighborhoods, padded_neighborhoods
+from histoniche.neighbors import NeighborGraph, padded_neighborhoods
 
 from ._checks import training_settings, transformer_size
 from ._context import context_means, principal_axes
@@ -26,10 +25,6 @@ from ._transformer import NeighborhoodTransformer, masked_mean
 _STATISTICS_CELLS = 50_000
 _HIDDEN = 128
 """Width of the perceptron on a cell's features and context."""
-
-
-_Batch = tuple[np.ndarray, np.ndarray, Neighborhoods, np.ndarray]
-"""Features of neighbourhoods, features and context of the cells themselves, neighbourhoods, teacher's logits."""
 
 
 class StudentModule(nn.Module):
@@ -272,18 +267,18 @@ class NicheStudent:
         self._standardise(take(source, sample))
         batches = epoch_batches(rows, batch_size, seed)
 
-        def make(step: int) -> _Batch:
+        def make(step: int) -> tuple[np.ndarray, ...]:
             centers = batches(step)
             n = padded_neighborhoods(
                 graph, xy, centers, config.radius, max_tokens=max_tokens, keep=keep, seed=seed * 1_000_003 + step
             )
-            n = replace(n, offsets=rotate(n.offsets, np.random.default_rng([seed, 2, step])))
-            return take(features, n.index), take(source, centers), n, teacher_logits[centers].astype(np.float32)
+            offsets = rotate(n.offsets, np.random.default_rng([seed, 2, step]))
+            wanted = teacher_logits[centers].astype(np.float32)
+            return take(features, n.index), take(source, centers), offsets, n.mask, wanted
 
-        def loss(module: nn.Module, batch: _Batch, device: torch.device) -> tuple[Tensor, dict[str, float | Tensor]]:
-            tokens, cell, n, teacher = batch
-            wanted = to_device(teacher, device)
-            logits = module(*(to_device(array, device) for array in (tokens, cell, n.offsets, n.mask)))
+        def loss(module: nn.Module, batch: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, float | Tensor]]:
+            *inputs, wanted = batch
+            logits = module(*inputs)
             agreement = (logits.detach().argmax(1) == wanted.argmax(1)).float().mean()
             return distillation_loss(logits.float(), wanted, config.temperature), {"agreement": agreement}
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from threading import Lock
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from histoniche._compute import ahead, make_fabric
+from histoniche._compute import ahead, make_fabric, on_device, preparing_threads
 from histoniche._settings import settings
 
 if TYPE_CHECKING:
@@ -19,10 +19,9 @@ if TYPE_CHECKING:
 
     from ._checkpoint import Checkpoint
 
-B = TypeVar("B")
+Batch = np.ndarray | tuple[Any, ...] | list[Any]
 
 _FETCH_EVERY = 20
-_WORKERS_FOR_GPU = 4
 _GRADIENT = "gradient norm"
 
 
@@ -35,8 +34,8 @@ def warmup_cosine(step: int, n_steps: int, warmup: int) -> float:
 
 def train(
     module: nn.Module,
-    make_batch: Callable[[int], B],
-    loss: Callable[[nn.Module, B, torch.device], tuple[Tensor, dict[str, float | Tensor]]],
+    make_batch: Callable[[int], Batch],
+    loss: Callable[[nn.Module, Any], tuple[Tensor, dict[str, float | Tensor]]],
     *,
     n_steps: int,
     lr: float,
@@ -55,9 +54,9 @@ def train(
     module
         Module, trained in place; only parameters that ask for a gradient.
     make_batch
-        Batch of a step, made of arrays in background threads; must depend on the step alone.
+        Batch of a step, an array or arrays in tuples and lists, made in background threads; must depend on the step alone.
     loss
-        Loss of a batch and figures to record, numbers or scalars on the device; it moves the batch to the device.
+        Loss of a batch, whose arrays are tensors on the device by then, and figures to record, numbers or scalars on the device.
     n_steps, lr, weight_decay, clip, warmup
         Schedule of the optimiser. Biases, norms and other vectors get no weight decay.
     lr_factors
@@ -80,7 +79,8 @@ def train(
         for them; so the error comes up to 20 steps late, and names the step.
     """
     fabric = make_fabric()
-    optimizer = torch.optim.AdamW(_groups(module, lr, weight_decay, lr_factors or {}), lr=lr)
+    on_gpu = fabric.device.type == "cuda"
+    optimizer = torch.optim.AdamW(_groups(module, lr, weight_decay, lr_factors or {}), lr=lr, fused=on_gpu or None)
     warmup = max(1, n_steps // 20) if warmup is None else warmup
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, n_steps, warmup))
     wrapped, optimizer = fabric.setup(module, optimizer)
@@ -90,11 +90,13 @@ def train(
     first = 0
     if checkpoint is not None:
         first = checkpoint.restore(module, history, optimizer=optimizer, schedule=schedule)
-    workers = _WORKERS_FOR_GPU if fabric.device.type == "cuda" else 1
-    batches = ahead(lambda ahead_step: make_batch(first + ahead_step), n_steps - first, workers=workers)
+    batches = ahead(
+        lambda ahead_step: on_device(make_batch(first + ahead_step), fabric.device), n_steps - first,
+        workers=preparing_threads(fabric.device),
+    )  # fmt: skip
     bar = tqdm(batches, initial=first, total=n_steps, desc=description, disable=not settings.progress, leave=True)
     for step, batch in enumerate(bar, first):
-        value, figures = loss(wrapped, batch, fabric.device)
+        value, figures = loss(wrapped, batch)
         optimizer.zero_grad(set_to_none=True)
         fabric.backward(value)
         norm = fabric.clip_gradients(wrapped, optimizer, max_norm=clip, error_if_nonfinite=False)

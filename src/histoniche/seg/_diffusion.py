@@ -127,10 +127,8 @@ class Diffusion:
         def make(step: int) -> _Batch:
             return training_batch(pixels, self.size_px, batch_size, np.random.default_rng([seed, 0, step]))
 
-        def velocity_loss(
-            module: nn.Module, batch: _Batch, device: torch.device
-        ) -> tuple[Tensor, dict[str, float | Tensor]]:
-            images, noise, times = (to_device(array, device) for array in batch)
+        def velocity_loss(module: nn.Module, batch: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, float | Tensor]]:
+            images, noise, times = batch
             noisy = scheduler.add_noise(images, noise, times).contiguous(memory_format=torch.channels_last)
             predicted = module(noisy, times, return_dict=False)[0]
             return (predicted.float() - scheduler.get_velocity(images, noise, times)).square().mean(), {}

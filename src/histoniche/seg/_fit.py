@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from histoniche._compute import to_device
 from histoniche._random import isolated_rng
 from histoniche.models._checkpoint import Checkpoint
 from histoniche.models._training import epoch_batches, train
@@ -252,8 +251,8 @@ def fit(
         pixels, *hidden = (np.stack(arrays) for arrays in zip(*patches, strict=True))
         return pixels, labelled, *hidden
 
-    def batch_loss(module: nn.Module, batch: _Batch, device: torch.device) -> tuple[Tensor, dict[str, float | Tensor]]:
-        patches, labelled, *hidden = (to_device(array, device) for array in batch)
+    def batch_loss(module: nn.Module, batch: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, float | Tensor]]:
+        patches, labelled, *hidden = batch
         pixels = patches[:, :-2].contiguous(memory_format=torch.channels_last)
         return module(pixels, patches[:, -2:], labelled, *hidden)
 

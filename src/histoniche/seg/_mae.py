@@ -104,7 +104,7 @@ class MAE(nn.Module):
         tokens = utils.set_at_index(tokens, self._tokens(kept), latent.type_as(tokens))
         return self.predict(utils.get_at_index(self.decoder(tokens), hidden + self.n_prefix))
 
-    def loss(self, predicted: Tensor, batch: list[Tensor]) -> tuple[Tensor, dict[str, Any]]:
+    def loss(self, predicted: Tensor, batch: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Any]]:
         """Mean squared error of hidden patches, each scaled to mean 0 and variance 1: who knows nothing scores 1.
 
         Flat patches become 0, which is easily learnt.

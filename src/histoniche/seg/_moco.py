@@ -67,7 +67,7 @@ class MoCo(nn.Module):
             keys = [self.key(view) for view in (first, second)]
         return queries[0], queries[1], keys[0], keys[1]
 
-    def loss(self, found: tuple[Tensor, ...], batch: list[Tensor]) -> tuple[Tensor, dict[str, Any]]:
+    def loss(self, found: tuple[Tensor, ...], batch: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Any]]:
         """Queries of each view against keys of the other; and the share that finds its own."""
         del batch
         one, right_one = info_nce(found[0], found[3], self.temperature)

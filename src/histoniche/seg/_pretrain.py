@@ -12,7 +12,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
-from histoniche._compute import to_device
 from histoniche._random import isolated_rng
 from histoniche.models._checkpoint import Checkpoint
 from histoniche.models._training import epoch_batches, train
@@ -191,10 +190,7 @@ def _train(
             places.append((*views, *engine.masks(np.random.default_rng([seed, _MASK, step, place]))))
         return tuple(np.stack(part) for part in zip(*places, strict=True))
 
-    def batch_loss(
-        module: nn.Module, arrays: tuple[np.ndarray, ...], device: torch.device
-    ) -> tuple[Tensor, dict[str, float | Tensor]]:
-        batch = [to_device(array, device) for array in arrays]
+    def batch_loss(module: nn.Module, batch: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, float | Tensor]]:
         return engine.loss(module(*batch), batch)
 
     def after_step(_: nn.Module, step: int) -> bool:

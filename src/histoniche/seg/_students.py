@@ -115,6 +115,14 @@ def build_student(
                 f"tu-{name}", encoder_weights=True if pretrained or weights is not None else None,
                 in_channels=n_channels, classes=len(OUTPUTS), **options,
             )  # fmt: skip
+    except KeyError as error:  # some versions of timm look for the first layer by its name
+        if weights is None:
+            raise
+        msg = (
+            f"weights={str(weights)!r} lack {error} of the encoder {encoder!r}: they belong to another network. Pass weights "
+            "of timm's model of that name."
+        )
+        raise StudentAccessError(msg) from error
     except (OSError, RuntimeError) as error:
         if not (pretrained or weights is not None):
             raise

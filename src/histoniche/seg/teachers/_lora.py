@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from histoniche._compute import to_device
 from histoniche._random import isolated_rng
 from histoniche.models._checkpoint import Checkpoint
 from histoniche.models._directory import weights_digest
@@ -177,8 +176,8 @@ def _batches(stacks: list[np.ndarray], base: PromptedTeacher, batch_size: int, p
     return make
 
 
-def _loss(net: nn.Module, batch: _Batch, device: torch.device) -> tuple[Tensor, dict[str, float | Tensor]]:
-    rgb, wanted = (to_device(array, device) for array in batch)
+def _loss(net: nn.Module, batch: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, float | Tensor]]:
+    rgb, wanted = batch
     logits = net(rgb.contiguous(memory_format=torch.channels_last))
     logits = F.interpolate(logits.float(), size=wanted.shape[-2:], mode="bilinear", align_corners=False)
     return cross_entropy_and_dice(logits, wanted).mean(), {}

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from histoniche._compute import make_fabric, to_device
+from histoniche._compute import make_fabric
 from histoniche._random import isolated_rng
 from histoniche._settings import settings
 from histoniche.models._directory import read_directory, weights_digest, write_directory
@@ -312,8 +312,8 @@ def tune(
         embedding, rgb, wanted = (np.stack(part).astype(np.float32) for part in zip(*views, strict=True))
         return embedding, rgb, wanted
 
-    def loss(net: nn.Module, batch: _Batch, device: torch.device) -> tuple[Tensor, dict[str, float | Tensor]]:
-        embedding, rgb, wanted = (to_device(array, device) for array in batch)
+    def loss(net: nn.Module, batch: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, float | Tensor]]:
+        embedding, rgb, wanted = batch
         logits = net(embedding, rgb)
         logits = F.interpolate(logits.float(), size=wanted.shape[-2:], mode="bilinear", align_corners=False)
         return cross_entropy_and_dice(logits, wanted).mean(), {}
