@@ -29,6 +29,12 @@ RUN = ["task", "n_labelled", "arm", "seed"]
 RUNS = "seg_ts_kd/runs.csv"
 
 
+def complete(runs: pd.DataFrame) -> pd.DataFrame:
+    """Runs of the numbers of labels for which there is one of every way."""
+    ways = runs.groupby(["task", "n_labelled"])["arm"].transform("nunique")
+    return runs[ways == len(ARMS)]
+
+
 def summary(runs: pd.DataFrame) -> pd.DataFrame:
     """Mean, SD and number of seeds of every way."""
     keys = ["task", "n_labelled", "arm"]
@@ -55,7 +61,9 @@ def flat(table: pd.DataFrame) -> dict[str, float]:
 def flat_cost(table: pd.DataFrame) -> dict[str, float]:
     """Cost of the stages under flat names."""
     return {
-        f"cost.{row['stage'].replace(', ', '_').replace(' ', '_').lower()}.{name}": round(float(row[name]), 3)
+        f"cost{'' if 'CPU' in row['device'] else '_gpu'}.{row['stage'].replace(', ', '_').replace(' ', '_').lower()}.{name}": round(
+            float(row[name]), 4
+        )
         for _, row in table.iterrows()
         for name in ("s_step", "memory_gb")
     }
@@ -122,12 +130,16 @@ def flat_schedules(table: pd.DataFrame) -> dict[str, float]:
 
 
 def _cost(table: pd.DataFrame) -> list[str]:
+    devices = list(dict.fromkeys(table["device"]))
     lines = [
-        "## What a step costs", "", f"On {table['device'].iloc[0]}, batches as above, each stage in a process of its own; *teacher* encodes one patch. Memory is the peak of "
-        "the process (on a GPU: of what torch had allocated).", "",
-        "| stage | s a step | memory (GB) |", "|---|---|---|",
+        "## What a step costs", "", "Batches as above; *teacher* encodes one patch. Memory is the peak of the process, on a GPU of what torch had allocated.", "",
+        "| stage | " + " | ".join(f"{device}: s a step | memory (GB)" for device in devices) + " |",
+        "|---" * (1 + 2 * len(devices)) + "|",
     ]  # fmt: skip
-    lines += [f"| {row['stage']} | {row['s_step']:.2f} | {row['memory_gb']:.1f} |" for _, row in table.iterrows()]
+    for stage, rows in table.groupby("stage", sort=False):
+        by_device = rows.set_index("device").reindex(devices)
+        cells = [f"{row['s_step']:.3f} | {row['memory_gb']:.1f}" for _, row in by_device.iterrows()]
+        lines.append(f"| {stage} | " + " | ".join(cells) + " |")
     return [*lines, ""]
 
 
@@ -142,14 +154,16 @@ def write(
 ) -> None:
     """Write page, figures and pictures from whatever runs there are."""
     folder = docs / "seg_ts_kd"
-    runs = keep_runs(runs, docs / RUNS, RUN)
+    runs = complete(keep_runs(runs, docs / RUNS, RUN))
     table = summary(runs)
     lines = [
         "# Task-specific distillation with few labels", "",
         "Made by `python benchmarks/seg_ts_kd.py DATA --out RUNS`. Student: ViT-Tiny under a light DPT, random weights at the start. Every way has "
         "the same labels, augmentation and last training; those that pretrain do so for equally many steps of equally large batches on the same "
         "images. Teacher: LiteMedSAM, for TS-KD adapted with the labels of the run (where adaptation has no steps: a new decoder, no LoRA). Mean ± SD over seeds, each of which draws labels, weights and patches; "
-        "measured on held-out fields, Hausdorff 95 in px, or um where um/px is known.", "",
+        "measured on held-out fields, Hausdorff 95 in px, or um where um/px is known. Runs by device: "
+        + ", ".join(f"{device} {n}" for device, n in runs["device"].value_counts().items())
+        + " (on a GPU in mixed precision). Numbers of labels that not every way was run with are left out; `seg_ts_kd/runs.csv` has them.", "",
         "Settings: " + "; ".join(f"{stage} {options}" for stage, options in settings.items()) + ".", "",
         "What it shows, and what it does not: {doc}`seg_ts_kd_reading`.", "",
     ]  # fmt: skip

@@ -210,7 +210,7 @@ def main() -> None:
         more = {
             name: read_tables(args.out, pattern)
             for name, pattern in (
-                ("ablation", "ablation.test.csv"), ("schedules", "schedules.*.test.csv"), ("cost", "cost.csv"),
+                ("ablation", "ablation.test.csv"), ("schedules", "schedules.*.test.csv"), ("cost", "cost*.csv"),
             )
         }  # fmt: skip
         write(pd.concat(runs, ignore_index=True), DOCS, settings=LARGE if args.large else SMALL, **more)

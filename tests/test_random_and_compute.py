@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from histoniche._compute import ahead
+from histoniche import settings
+from histoniche._compute import ahead, inference_fabric, make_fabric, on_device
 from histoniche._random import isolated_rng
 
 
@@ -92,3 +93,23 @@ def test_seed_of_numpy_is_that_of_python() -> None:
         expected = draws()
     with isolated_rng(np.int64(3)):
         assert draws() == expected
+
+
+def test_arrays_of_a_batch_become_tensors_wherever_they_lie() -> None:
+    batch = [(np.ones(2, np.float32), np.array([True])), (np.arange(3), ())]
+    first, second = on_device(batch, torch.device("cpu"))
+    torch.testing.assert_close(first[0], torch.ones(2))
+    torch.testing.assert_close(first[1], torch.tensor([True]))
+    torch.testing.assert_close(second[0], torch.arange(3))
+    assert second[1] == ()
+    assert isinstance(first, tuple)
+
+
+def test_inference_shares_a_fabric_until_settings_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = inference_fabric()
+    assert inference_fabric() is first
+    assert make_fabric() is not first
+    monkeypatch.setattr(settings, "precision", "bf16-mixed")
+    other = inference_fabric()
+    assert other is not first
+    assert other._precision.precision == "bf16-mixed"

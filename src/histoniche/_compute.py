@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 B = TypeVar("B")
 
 _THREADS_FOR_GPU = 4
+_FABRICS: dict[tuple[str, str], Fabric] = {}
 
 
 def make_fabric() -> Fabric:
-    """Device and precision from :data:`histoniche.settings`, one process."""
+    """Device and precision from :data:`histoniche.settings`, one process; for training, which changes its state."""
     from lightning.fabric import Fabric
 
     precision = settings.precision
@@ -31,6 +32,14 @@ def make_fabric() -> Fabric:
         on_gpu = settings.accelerator in {"auto", "cuda", "gpu"} and torch.cuda.is_available()
         precision = "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
     return Fabric(accelerator=settings.accelerator, devices=1, precision=precision)  # type: ignore[arg-type]
+
+
+def inference_fabric() -> Fabric:
+    """The same, made once: making it takes as long as a small network needs for an image, and announces its precision."""
+    wanted = (settings.accelerator, settings.precision)
+    if wanted not in _FABRICS:
+        _FABRICS[wanted] = make_fabric()
+    return _FABRICS[wanted]
 
 
 def ahead(make: Callable[[int], B], n: int, *, workers: int = 1) -> Iterator[B]:

@@ -44,7 +44,9 @@ def test_another_embedding_beside_the_teacher(embedded: SpatialData) -> None:
 
 
 def test_collapse_is_told(embedded: SpatialData, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine._Occupancy, "update", lambda self, mean: setattr(self, "mean", torch.tensor([1.0, 0, 0])))
+    monkeypatch.setattr(
+        engine._Occupancy, "update", lambda self, mean: setattr(self, "mean", torch.tensor([1.0, 0, 0]))
+    )
     with pytest.warns(UserWarning, match="niches collapsed after 1 steps"):
         hn.tl.nolan(embedded, n_niches=3, use_rep="X_niche_pca", n_steps=5)
     assert embedded["table"].uns["histoniche"]["nolan"]["params"]["collapsed"]

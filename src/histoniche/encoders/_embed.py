@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from histoniche._compute import ahead, make_fabric
+from histoniche._compute import ahead, inference_fabric
 from histoniche._settings import settings
 
 from ._contract import feature_contract
@@ -77,7 +77,7 @@ def embed(
         else (_CROP_BLOCK, encoder.spec.input_px / 2)
     )
     blocks, edges = blocks_of(scaled, width)
-    fabric = make_fabric()
+    fabric = inference_fabric()
     encoder.module.to(fabric.device)
     dim = dense_dim(encoder) if mode == "dense" else crop_dim(encoder)
     contract = feature_contract(encoder, mode, target_um_per_px)

@@ -10,7 +10,7 @@ from scipy.special import softmax
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from histoniche._compute import ahead, make_fabric, on_device, preparing_threads
+from histoniche._compute import ahead, inference_fabric, on_device, preparing_threads
 from histoniche._settings import settings
 from histoniche.neighbors import NeighborGraph, neighborhood_mean, padded_neighborhoods
 
@@ -72,7 +72,7 @@ def predict_neighborhoods(
     (n, K) float32.
     """
     n = graph.n_cells
-    device = make_fabric().device
+    device = inference_fabric().device
     module = module.to(device).eval()  # type: ignore[attr-defined]
     # Neighbourhoods of a like size share a batch, so that little of it is padding.
     order = np.argsort(graph.counts, kind="stable")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from histoniche._compute import make_fabric, to_device
+from histoniche._compute import inference_fabric, to_device
 from histoniche._random import isolated_rng
 from histoniche.models._checkpoint import Checkpoint
 from histoniche.models._directory import weights_digest
@@ -174,7 +174,7 @@ class Diffusion:
         ------
         Number and image, (c, size_px, size_px) uint8.
         """
-        fabric = make_fabric()
+        fabric = inference_fabric()
         module = self.module.to(fabric.device).eval()
         block = block or (1 if fabric.device.type == "cpu" else _BLOCK_ON_GPU)
         scheduler = _scheduler()

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from histoniche._compute import make_fabric
+from histoniche._compute import inference_fabric
 from histoniche.models._directory import read_directory, weights_digest, write_directory
 
 from ._augment import padded
@@ -197,7 +197,7 @@ class Segmenter:
         -------
         (B, 2, y, x) float32: foreground and boundary.
         """
-        fabric = make_fabric()
+        fabric = inference_fabric()
         module = self.module.to(fabric.device).eval()
         x = torch.from_numpy(np.ascontiguousarray(pixels, dtype=np.float32)).to(fabric.device)
         with fabric.autocast():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from histoniche._compute import make_fabric
+from histoniche._compute import inference_fabric
 from histoniche.seg._access import TeacherAccessError
 from histoniche.seg._targets import maps_of_labels
 
@@ -79,7 +79,7 @@ class CellSAM:
         self._package = _import_cellsam()
         self.module = _load(self._package, model, weights).requires_grad_(requires_grad=False).eval()
         # The package knows CPU and CUDA alone.
-        self._device = "cuda" if make_fabric().device.type == "cuda" else "cpu"
+        self._device = "cuda" if inference_fabric().device.type == "cuda" else "cpu"
         self._weights = digest(self.module)
 
     @property

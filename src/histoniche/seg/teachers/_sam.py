@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from histoniche._compute import make_fabric
+from histoniche._compute import inference_fabric
 from histoniche.models._directory import weights_digest
 from histoniche.seg._targets import maps_of_masks
 
@@ -103,7 +103,7 @@ class PromptedTeacher(ABC):
             raise ValueError(msg)
         self.channels, self.prompts, self.name, self.licence = tuple(channels), prompts, name, licence
         self.input_px, self.gamma, self.batch_size = input_px, gamma, batch_size
-        self._fabric = make_fabric()
+        self._fabric = inference_fabric()
         module = module.requires_grad_(requires_grad=False).eval().to(self._fabric.device)
         self.module = module.to(memory_format=torch.channels_last)  # a quarter faster on a CPU
         self._weights = digest(self.module)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from histoniche._compute import make_fabric
+from histoniche._compute import inference_fabric
 from histoniche._random import isolated_rng
 from histoniche._settings import settings
 from histoniche.models._directory import read_directory, weights_digest, write_directory
@@ -120,7 +120,7 @@ class SemanticTeacher:
         self.base, self.name, self.licence, self.channels = base, f"{base.name}-{suffix}", base.licence, base.channels
         self.kind, self.adapter = kind, adapter
         self.history: dict[str, list[float]] = {}
-        self._fabric = make_fabric()
+        self._fabric = inference_fabric()
         self.decoder = decoder.requires_grad_(requires_grad=False).eval().to(self._fabric.device)
         weights = f"{digest(base.module)} {digest(self.decoder)}"
         self.fingerprint = f"{self.name} {weights} {list(self.channels)} gamma={base.gamma}"
