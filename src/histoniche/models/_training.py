@@ -79,8 +79,9 @@ def train(
         for them; so the error comes up to 20 steps late, and names the step.
     """
     fabric = make_fabric()
-    on_gpu = fabric.device.type == "cuda"
-    optimizer = torch.optim.AdamW(_groups(module, lr, weight_decay, lr_factors or {}), lr=lr, fused=on_gpu or None)
+    # A fused optimiser undoes the scaling of float16's gradients itself, so they could not be clipped.
+    fused = fabric.device.type == "cuda" and getattr(fabric._precision, "scaler", None) is None
+    optimizer = torch.optim.AdamW(_groups(module, lr, weight_decay, lr_factors or {}), lr=lr, fused=fused or None)
     warmup = max(1, n_steps // 20) if warmup is None else warmup
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, n_steps, warmup))
     wrapped, optimizer = fabric.setup(module, optimizer)
