@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from ._fields import Field
 
-_METHODS = {"mae": (1e-3, 0.05), "mocov3": (3e-4, 0.1)}
+_METHODS = {"mae": (1e-4, 0.05), "mocov3": (3e-4, 0.1)}
 """Learning rate and weight decay of each method, for the AdamW of small batches."""
 _AREA, _ASPECT = (0.4, 1.0), (3 / 4, 4 / 3)
 _EPOCH_BATCHES = 8
@@ -81,7 +81,7 @@ def pretrain(
     n_steps, batch_size, patch_px
         Schedule; patches of ``patch_px`` px, a multiple of 32 and of the Transformer's patches.
     lr, weight_decay
-        Of AdamW; 1e-3 and 0.05 for MAE, 3e-4 and 0.1 for MoCo v3 by default.
+        Of AdamW; 1e-4 and 0.05 for MAE, 3e-4 and 0.1 for MoCo v3 by default.
     mask_ratio
         Share of patches that MAE hides.
     temperature, momentum
