@@ -79,7 +79,7 @@ def test_it_goes_on_from_the_given_encoder_and_finetuning_from_the_result(fields
 
 
 def test_mae_predicts_smooth_images_better_than_their_mean() -> None:
-    model = pretrain([_bowl(seed) for seed in range(4)], batch_size=4, patch_px=64, n_steps=25)
+    model = pretrain([_bowl(seed) for seed in range(4)], batch_size=4, patch_px=64, n_steps=25, lr=1e-3)
     assert model.history["loss"][0] > 1
     assert np.mean(model.history["loss"][-5:]) < 0.8
 
