@@ -160,10 +160,10 @@ def write(
         "# Task-specific distillation with few labels", "",
         "Made by `python benchmarks/seg_ts_kd.py DATA --out RUNS`. Student: ViT-Tiny under a light DPT, random weights at the start. Every way has "
         "the same labels, augmentation and last training; those that pretrain do so for equally many steps of equally large batches on the same "
-        "images. Teacher: LiteMedSAM, for TS-KD adapted with the labels of the run (where adaptation has no steps: a new decoder, no LoRA). Mean ± SD over seeds, each of which draws labels, weights and patches; "
+        "images, each at the learning rate that its function has by default. Teacher: LiteMedSAM, for TS-KD adapted with the labels of the run (where adaptation has no steps: a new decoder, no LoRA). Mean ± SD over seeds, each of which draws labels, weights and patches; "
         "measured on held-out fields, Hausdorff 95 in px, or um where um/px is known. Runs by device: "
         + ", ".join(f"{device} {n}" for device, n in runs["device"].value_counts().items())
-        + " (on a GPU in mixed precision). Numbers of labels that not every way was run with are left out; `seg_ts_kd/runs.csv` has them.", "",
+        + " (float32 where nothing else is said). Numbers of labels that not every way was run with are left out; `seg_ts_kd/runs.csv` has them.", "",
         "Settings: " + "; ".join(f"{stage} {options}" for stage, options in settings.items()) + ".", "",
         "What it shows, and what it does not: {doc}`seg_ts_kd_reading`.", "",
     ]  # fmt: skip
