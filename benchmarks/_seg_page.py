@@ -262,13 +262,13 @@ def _gpu_cost(cost: dict[str, float], device: str) -> list[str]:
         return []
     lines = [
         f"The same on one {device}, in mixed precision, from the array on the host to the maps on the host (the teacher's embedding stays on the device):",
-        "one image at a time, which leaves the GPU waiting for the host, and students in batches of 64.", "",
+        f"one image at a time, which leaves the GPU waiting for the host, and students in batches of {cost['cost_gpu.batch']}.", "",
         "| model | Mpx/s, one at a time | Mpx/s, batches | times the teacher's encoder |", "| --- | --- | --- | --- |",
         f"| teacher | {cost['cost_gpu.teacher.mpx_s']:.1f} |  | 1.0 |",
     ]  # fmt: skip
     for key, many in cost.items():
-        name, figure = key.split(".")[1:]
-        if figure == "batch_mpx_s":
+        if key.endswith(".batch_mpx_s"):
+            name = key.split(".")[1]
             ratio = many / cost["cost_gpu.teacher.mpx_s"]
             lines.append(f"| {name} | {cost[f'cost_gpu.{name}.mpx_s']:.1f} | {many:.1f} | {ratio:.1f} |")
     return [*lines, ""]

@@ -239,7 +239,7 @@ def measure_gpu_cost(out: Path) -> None:
         figures[f"cost_gpu.{name}.mpx_s"], figures[f"cost_gpu.{name}.batch_mpx_s"] = mpx / one, GPU_BATCH * mpx / many
     figures = {name: round(value, 4) for name, value in figures.items()}
     (out / "cost_gpu.json").write_text(
-        json.dumps({"cost_gpu.device": torch.cuda.get_device_name(), **figures}, indent=1)
+        json.dumps({"cost_gpu.device": torch.cuda.get_device_name(), "cost_gpu.batch": GPU_BATCH, **figures}, indent=1)
     )
 
 

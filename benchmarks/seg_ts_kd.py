@@ -98,7 +98,8 @@ def ablate(data: Path, out: Path, *, part: str, large: bool) -> None:
             n_synthetic=n_synthetic, patch_px=PATCH, tuning=options["tuning"], adaptation=adaptation,
             distillation=options["pretraining"], finetuning=options["finetuning"],
         )  # fmt: skip
-        row = {"rank": rank, "unlabelled": n_unlabelled, "synthetic": n_synthetic}
+        row = {"rank": rank, "unlabelled": n_unlabelled, "synthetic": n_synthetic, "device": device_name()}
+        row["lora_steps"] = (options["adaptation"] if large else LORA)["n_steps"] if rank else 0
         rows.append({**row, **measure_mask(student, task.held_out[part])})
         print(rows[-1], flush=True)
         pd.DataFrame(rows).to_csv(out / f"ablation.{part}.csv", index=False)
