@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import os
 import random  # noqa: TID251 - its state must be left alone
+import subprocess
+import sys
 import threading
 import time
 
@@ -113,3 +116,49 @@ def test_inference_shares_a_fabric_until_settings_change(monkeypatch: pytest.Mon
     other = inference_fabric()
     assert other is not first
     assert other._precision.precision == "bf16-mixed"
+
+
+_ALLOCATE = """
+import resource, torch
+from histoniche._compute import _glibc, memory_kept
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        torch.full((48 << 18,), 1.0)  # 48 MB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+usual = faults()
+with memory_kept():
+    for _ in range(5):  # arrays find their places
+        faults()
+    with memory_kept():
+        pass
+    kept = faults()
+    resident = int(open("/proc/self/statm").read().split()[1])
+freed = resident - int(open("/proc/self/statm").read().split()[1])
+print(_glibc() is not None, usual, kept, freed * resource.getpagesize(), faults())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc's malloc is told")
+@pytest.mark.parametrize("set_by_user", [False, True])
+def test_freed_memory_is_kept_and_given_back(set_by_user: bool) -> None:
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_", "LD_"))
+    }
+    if set_by_user:
+        environment["MALLOC_ARENA_MAX"] = "2"
+    done = subprocess.run(
+        [sys.executable, "-c", _ALLOCATE], env=environment, capture_output=True, text=True, check=True
+    )
+    told, *numbers = done.stdout.split()
+    usual, kept, freed, after = map(int, numbers)
+    if told == "False":
+        if not set_by_user:
+            pytest.skip("another C library")
+        assert kept > usual / 2
+        return
+    assert not set_by_user
+    assert kept < usual / 20
+    assert after > usual / 2
+    assert freed > 40e6

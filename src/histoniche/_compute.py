@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -21,6 +26,13 @@ B = TypeVar("B")
 
 _THREADS_FOR_GPU = 4
 _FABRICS: dict[tuple[str, str], Fabric] = {}
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
+"""Parameters of glibc's ``mallopt``."""
+_USUAL = {_MMAP_MAX: 65536, _MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20}
+"""Where glibc's own thresholds end up once a large array was freed."""
+_KEEPING: list[None] = []
+"""One item for each that keeps memory now."""
+_KEEPING_LOCK = Lock()
 
 
 def make_fabric() -> Fabric:
@@ -88,3 +100,43 @@ def on_device(batch: Any, device: torch.device) -> Any:
 def preparing_threads(device: torch.device) -> int:
     """Threads that prepare batches for a device, and batches that lie ready for it."""
     return _THREADS_FOR_GPU if device.type == "cuda" else 1
+
+
+@contextmanager
+def memory_kept() -> Iterator[None]:
+    """Keep freed memory for the next allocation while this lasts, on Linux; at the end it goes back to the system.
+
+    glibc maps every array above 32 MB anew and gives it back when it is freed, so that a network with large maps waits for the
+    system to clear each of its activations page by page. Nothing is changed where another C library is in use, or where the
+    user has set glibc's malloc in the environment.
+    """
+    libc = _glibc()
+    if libc is None:
+        yield
+        return
+    with _KEEPING_LOCK:
+        if not _KEEPING:
+            libc.mallopt(_MMAP_MAX, 0)
+            libc.mallopt(_TRIM_THRESHOLD, -1)
+        _KEEPING.append(None)
+    try:
+        yield
+    finally:
+        with _KEEPING_LOCK:
+            _KEEPING.pop()
+            if not _KEEPING:
+                for parameter, value in _USUAL.items():
+                    libc.mallopt(parameter, value)
+                libc.malloc_trim(0)
+
+
+@cache
+def _glibc() -> ctypes.CDLL | None:
+    """The C library, where it is glibc and the user has not set its malloc."""
+    if any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+        return None
+    try:
+        libc = ctypes.CDLL(None)
+    except (OSError, TypeError):  # no libraries to look into, as on Windows
+        return None
+    return libc if hasattr(libc, "gnu_get_libc_version") and hasattr(libc, "mallopt") else None

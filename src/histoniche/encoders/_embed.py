@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from histoniche._compute import ahead, inference_fabric
+from histoniche._compute import ahead, inference_fabric, memory_kept
 from histoniche._settings import settings
 
 from ._contract import feature_contract
@@ -90,6 +90,7 @@ def embed(
         return slide.region(low - reach, low + width + reach)
 
     with (
+        memory_kept(),
         torch.inference_mode(),
         fabric.autocast(),
         tqdm(

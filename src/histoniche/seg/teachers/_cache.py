@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from tqdm.auto import tqdm
 
+from histoniche._compute import memory_kept
 from histoniche._settings import settings
 from histoniche.seg._targets import OUTPUTS
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 _FORMAT = 2
 
 
+@memory_kept()
 def teach(
     fields: Sequence[Field], *, teacher: Teacher, cache: Path | str | None = None, description: str = "teacher"
 ) -> list[np.ndarray]:
@@ -71,6 +73,7 @@ def teach(
     return maps
 
 
+@memory_kept()
 def teach_hidden(
     fields: Sequence[Field],
     *,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from histoniche._compute import inference_fabric
+from histoniche._compute import inference_fabric, memory_kept
 from histoniche._random import isolated_rng
 from histoniche._settings import settings
 from histoniche.models._directory import read_directory, weights_digest, write_directory
@@ -342,6 +342,7 @@ def two_classes(item: Field) -> np.ndarray:
     return labels
 
 
+@memory_kept()
 def _views(fields: Sequence[Field], teacher: PromptedTeacher, n_views: int, patch_px: int, seed: int) -> _Batch:
     """Embeddings (n, d, h, w) and images beside them (n, 3, 2h, 2w) float16, maps (n, 2, y, x) float32 of augmented patches.
 
