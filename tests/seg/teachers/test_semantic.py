@@ -50,6 +50,17 @@ def blobs(seed: int, shape: tuple[int, int] = (64, 64)) -> Field:
     return Field(f"blobs{seed}", image, ("DAPI", "membrane"), labels, 0.5)
 
 
+@pytest.mark.parametrize(("n_fields", "n_views", "asked"), [(1, None, 96), (5, None, 100), (50, None, 100), (5, 3, 15)])
+def test_few_fields_are_shown_in_many_views(
+    monkeypatch: pytest.MonkeyPatch, n_fields: int, n_views: int | None, asked: int
+) -> None:
+    teacher, calls = Tiny(), []
+    embed = teacher.embed
+    monkeypatch.setattr(teacher, "embed", lambda pixels: calls.append(None) or embed(pixels))
+    tune([blobs(s) for s in range(n_fields)], teacher=teacher, n_steps=1, n_views=n_views, patch_px=32)
+    assert len(calls) == asked
+
+
 def test_tuning_learns_the_foreground_and_leaves_the_teacher_alone() -> None:
     base = Tiny()
     before = digest(base.module)

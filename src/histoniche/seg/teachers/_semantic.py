@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 _WIDTH = 64
 _IMAGE_WIDTHS = (16, 32, 64)
 _GROUPS = 8
+_VIEWS, _LEAST_VIEWS = 96, 2
+"""Patches of all fields together, and of each, that a decoder is tuned on."""
 _Batch = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
@@ -258,7 +260,7 @@ def tune(
     teacher: PromptedTeacher,
     n_steps: int = 300,
     batch_size: int = 8,
-    n_views: int = 2,
+    n_views: int | None = None,
     patch_px: int = 128,
     lr: float = 3e-3,
     weight_decay: float = 1e-2,
@@ -278,7 +280,8 @@ def tune(
     n_steps, batch_size, lr, weight_decay
         Schedule.
     n_views
-        Augmented patches of each field.
+        Augmented patches of each field. By default as many as make 96 of all fields together, and two at least: a decoder tuned on more
+        patches is a better teacher.
     patch_px
         Width of a patch, which is scaled to the teacher's input.
     seed
@@ -296,6 +299,8 @@ def tune(
         No fields, or fields without labels or with labels of one class; settings out of range.
     """
     fields = list(fields)
+    if n_views is None:
+        n_views = max(_LEAST_VIEWS, -(-_VIEWS // max(1, len(fields))))
     if not fields or min(n_steps, batch_size, n_views, patch_px) < 1:
         msg = (
             f"tune was given {len(fields)} fields, n_steps={n_steps}, batch_size={batch_size}, n_views={n_views}, "
