@@ -289,7 +289,7 @@ def tables(flat: dict[str, float]) -> str:
         less, fast = f["crop_minus_dense.ari"], f["ratio"]
         words = (
             f"Dense is **{fast:.0f} times** as fast as crops in batches of 64, the default, and {f['ratio_batch8']:.0f} times as fast as "
-            f"in batches of 8 ({f['crop_cells_per_s_batch8']:.0f} cells/s), which suit a CPU's caches better: "
+            f"in batches of 8 ({f['crop_cells_per_s_batch8']:.0f} cells/s): "
             f"{'the goal of 50 is met' if fast >= 50 else 'the goal of 50 is missed'}. ARI of crops less that of dense: {less:+.3f} ± "
             f"{f['crop_minus_dense.ari.sd']:.3f}; {'dense loses no more than 0.01' if less <= 0.01 else 'dense loses more than the 0.01 allowed'}."
         )

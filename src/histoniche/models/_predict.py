@@ -10,7 +10,7 @@ from scipy.special import softmax
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from histoniche._compute import ahead, inference_fabric, memory_kept, on_device, preparing_threads
+from histoniche._compute import ahead, inference_fabric, on_device, preparing_threads
 from histoniche._settings import settings
 from histoniche.neighbors import NeighborGraph, neighborhood_mean, padded_neighborhoods
 
@@ -32,7 +32,6 @@ class NicheModule(Protocol):
         """Logits (B, K)."""
 
 
-@memory_kept()
 def predict_neighborhoods(
     module: NicheModule,
     features: np.ndarray | FeatureSource,

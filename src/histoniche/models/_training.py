@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from histoniche._compute import ahead, make_fabric, memory_kept, on_device, preparing_threads
+from histoniche._compute import ahead, make_fabric, on_device, preparing_threads
 from histoniche._settings import settings
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ def warmup_cosine(step: int, n_steps: int, warmup: int) -> float:
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, n_steps - warmup)))
 
 
-@memory_kept()
 def train(
     module: nn.Module,
     make_batch: Callable[[int], Batch],
