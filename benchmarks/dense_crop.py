@@ -270,6 +270,7 @@ def plot(flat: dict[str, float], save: Path) -> None:
             for mode, x, y in zip(MODES, cost, mean, strict=True):
                 ax.annotate(mode, (x, y), xytext=(6, 6), textcoords="offset points")
         ax.set(xscale="log", xlabel="seconds per 1,000 cells", ylabel=f"student's {figure_of_merit.upper()}")
+        ax.margins(x=0.15)
         ax.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     figure.savefig(save, dpi=110)
