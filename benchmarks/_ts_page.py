@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 from _runs import keep_runs
 
 import histoniche as hn
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
-
-    import pandas as pd
 
 NAMES = {
     "chase_db1": "CHASE-DB1: retinal vessels, split by child",
@@ -41,6 +41,7 @@ def summary(runs: pd.DataFrame) -> pd.DataFrame:
     table = runs.groupby(keys)[["dice", "hausdorff95", "missed"]].agg(["mean", "std"])
     table.columns = [name if kind == "mean" else f"{name}.sd" for name, kind in table.columns]
     table["seeds"] = runs.groupby(keys).size()
+    table["current"] = runs.groupby(keys)["current"].all()
     return table.reset_index()
 
 
@@ -55,6 +56,8 @@ def flat(table: pd.DataFrame) -> dict[str, float]:
             if row["seeds"] > 1:
                 figures[f"{name}.sd"] = round(float(row[f"{metric}.sd"]), 4)
         figures[f"{place}.seeds"] = int(row["seeds"])
+        if not row["current"]:
+            figures[f"{place}.earlier_settings"] = 1
     return figures
 
 
@@ -80,7 +83,7 @@ def _table(table: pd.DataFrame) -> list[str]:
         for arm, name in ARMS.items():
             for _, row in rows[rows["arm"] == arm].iterrows():
                 lines.append(
-                    f"| {n} | {name} | {_value(row, 'dice', 3)} | {_value(row, 'hausdorff95', 1)} | {row['missed']:.0%} | "
+                    f"| {n} | {name}{'' if row['current'] else ' †'} | {_value(row, 'dice', 3)} | {_value(row, 'hausdorff95', 1)} | {row['missed']:.0%} | "
                     f"{row['seeds']} |"
                 )
     return lines
@@ -143,27 +146,43 @@ def _cost(table: pd.DataFrame) -> list[str]:
     return [*lines, ""]
 
 
+def _kept(table: pd.DataFrame | None, path: Path) -> pd.DataFrame | None:
+    """Keep a table in the docs; that of an earlier run, where there is no new one."""
+    if table is not None:
+        table.round(6).to_csv(path, index=False)
+        return table
+    return pd.read_csv(path) if path.exists() else None
+
+
 def write(
     runs: pd.DataFrame,
     docs: Path,
     *,
     settings: dict[str, Any],
     ablation: pd.DataFrame | None,
+    digest_of: Callable[[str, str], str],
     schedules: pd.DataFrame | None,
     cost: pd.DataFrame | None,
 ) -> None:
     """Write page, figures and pictures from whatever runs there are."""
     folder = docs / "seg_ts_kd"
     runs = complete(keep_runs(runs, docs / RUNS, RUN))
+    runs = runs.assign(current=[row.made_with == digest_of(row.task, row.arm) for row in runs.itertuples()])
+    ablation, schedules, cost = (
+        _kept(part, folder / f"{name}.csv")
+        for name, part in (("ablation", ablation), ("schedules", schedules), ("cost", cost))
+    )
     table = summary(runs)
     lines = [
         "# Task-specific distillation with few labels", "",
         "Made by `python benchmarks/seg_ts_kd.py DATA --out RUNS`. Student: ViT-Tiny under a light DPT, random weights at the start. Every way has "
-        "the same labels, augmentation and last training; those that pretrain do so for equally many steps of equally large batches on the same "
-        "images, each at the learning rate that its function has by default. Teacher: LiteMedSAM, for TS-KD adapted with the labels of the run (where adaptation has no steps: a new decoder, no LoRA). Mean ± SD over seeds, each of which draws labels, weights and patches; "
-        "measured on held-out fields, Hausdorff 95 in px, or um where um/px is known. Runs by device: "
+        "the same labels, augmentation and last training, at a rate of its own; those that pretrain do so for equally many steps of equally large "
+        "batches on the same images, each at the learning rate that its function has by default. Teacher: LiteMedSAM, for TS-KD adapted with the "
+        "labels of the run (where adaptation has no steps: a new decoder, no LoRA). Mean ± SD over seeds, each of which draws labels, weights and "
+        "patches; measured on held-out fields, Hausdorff 95 in px, or um where um/px is known. Runs by device: "
         + ", ".join(f"{device} {n}" for device, n in runs["device"].value_counts().items())
-        + " (float32 where nothing else is said). Numbers of labels that not every way was run with are left out; `seg_ts_kd/runs.csv` has them.", "",
+        + " (float32 where nothing else is said). Numbers of labels that not every way was run with are left out; `seg_ts_kd/runs.csv` has them."
+        + ("" if table["current"].all() else " † made with earlier settings, of which the reading tells; not to be compared with those without."), "",
         "Settings: " + "; ".join(f"{stage} {options}" for stage, options in settings.items()) + ".", "",
         "What it shows, and what it does not: {doc}`seg_ts_kd_reading`.", "",
     ]  # fmt: skip

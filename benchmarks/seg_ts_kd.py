@@ -3,12 +3,15 @@
     python benchmarks/seg_ts_kd.py DATA --out RUNS [--only chase_db1] [--seeds 0 1 2] [--jobs 2] [--resume]
     python benchmarks/seg_ts_kd.py DATA --out RUNS --ablations
     python benchmarks/seg_ts_kd.py DATA --out RUNS --schedules [--only chase_db1]
+    python benchmarks/seg_ts_kd.py DATA --out RUNS --rates --validation [--only chase_db1]
     python benchmarks/seg_ts_kd.py DATA --out RUNS --cost
 
 DATA holds ``chase_db1``, ``bbbc038`` and ``xenium_pancreas`` (drawn as VIRTUAL H&E). Everything is kept under RUNS, so that a
 benchmark that was stopped goes on. Writes ``docs/benchmarks/seg_ts_kd.{md,json}``, its pictures and the figures of every run,
-``seg_ts_kd/runs.csv``, from whatever runs are there; with ``--resume`` what is in that file, made with the same settings, is not repeated. ``--validation`` measures on validation fields instead, to choose settings on, and writes no page. ``--large`` is the
-configuration for a GPU: SAM ViT-B, long schedules, 3000 synthetic images.
+``seg_ts_kd/runs.csv``, from whatever runs are there. Runs of that file that were not made again stay, and are marked where their
+settings were others; with ``--resume`` those made with the same settings are not repeated. ``--validation`` measures on validation
+fields instead, to choose settings on, and writes no page. ``--large`` is the configuration for a GPU: SAM ViT-B, long schedules,
+3000 synthetic images.
 """
 
 from __future__ import annotations
@@ -16,13 +19,14 @@ from __future__ import annotations
 import argparse
 import os
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from _runs import device_name, made_with, read_runs
+from _runs import device_name, made_with
 from _ts_cost import measure as measure_stages
 from _ts_data import PATCH, TASKS, VIEWS
 from _ts_page import RUN, RUNS, write
@@ -31,6 +35,8 @@ from histoniche import seg, settings
 from histoniche.seg._compare import drawn, measure_mask
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from _ts_data import Task
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
@@ -77,6 +83,10 @@ def options_of(task: Task, n_labelled: int, *, large: bool) -> dict[str, Any]:
     return options | {stage: {**options[stage], "n_views": n_views} for stage, n_views in views.items()}
 
 
+RATES = (3e-4, 1e-3)
+"""Rates of the last training that each way's was chosen from."""
+
+
 def ablate(data: Path, out: Path, *, part: str, large: bool) -> None:
     """Vary one thing at a time: rank, unlabelled fields, synthetic images. Each measured is a line of a table."""
     settings.progress, settings.precision = False, PRECISION
@@ -96,7 +106,8 @@ def ablate(data: Path, out: Path, *, part: str, large: bool) -> None:
             labelled, teacher=teacher, unlabelled=rest[:n_unlabelled], held_out=task.held_out[part],
             folder=out / "ablation" / f"rank{rank}-{n_unlabelled}-{n_synthetic}", channel=task.channels, pretrained=False,
             n_synthetic=n_synthetic, patch_px=PATCH, tuning=options["tuning"], adaptation=adaptation,
-            distillation=options["pretraining"], finetuning=options["finetuning"],
+            distillation=options["pretraining"],
+            finetuning={**options["finetuning"], **options["finetuning_of"].get("ts_kd", {})},
         )  # fmt: skip
         row = {"rank": rank, "unlabelled": n_unlabelled, "synthetic": n_synthetic, "device": device_name()}
         row["lora_steps"] = (options["adaptation"] if large else LORA)["n_steps"] if rank else 0
@@ -105,35 +116,45 @@ def ablate(data: Path, out: Path, *, part: str, large: bool) -> None:
         pd.DataFrame(rows).to_csv(out / f"ablation.{part}.csv", index=False)
 
 
-def vary_schedules(name: str, data: Path, out: Path, *, part: str, large: bool) -> None:
-    """Repeat the last training of the first comparison of a task, shorter and longer. Each measured is a line of a table."""
+def vary_last_training(
+    name: str, data: Path, out: Path, path: Path, *, part: str, large: bool, lengths: Sequence[float], rates: Sequence[float]
+) -> None:
+    """Repeat the last training of the first comparison of a task, shorter and longer or at other rates. Each measured is a line of a table.
+
+    Without rates, each way has its own.
+    """
     settings.progress, settings.precision = False, PRECISION
     task = TASKS[name](data)
-    n_labelled, folder, path = task.n_labelled[0], out / name / part, out / f"schedules.{name}.{part}.csv"
+    options = LARGE if large else SMALL
+    n_labelled, folder = task.n_labelled[0], out / name
     labelled = drawn(task.fields, n_labelled, 0)
     kept = pd.read_csv(path).to_dict("records") if path.exists() else []
-    done = {(row["arm"], row["n_steps"]) for row in kept}
-    finetuning = (LARGE if large else SMALL)["finetuning"]
+    done = {(row["arm"], row["n_steps"], row["lr"]) for row in kept}
     starts = {arm: folder / f"{arm}-0" / "pretrained" for arm in ARMS}
     starts |= {"ts_kd": folder / f"ts_kd-{n_labelled}-0" / "distilled"}
-    for length, arm in product(SCHEDULES, ARMS):
-        n_steps = round(length * finetuning["n_steps"])
-        if (arm, n_steps) in done:
-            continue
-        student = seg.finetune(
-            labelled, channel=task.channels, patch_px=PATCH, pretrained=False, **{**finetuning, "n_steps": n_steps},
-            student="vit-tiny" if arm == "scratch" else seg.Segmenter.load(starts[arm]),
-        )  # fmt: skip
-        kept.append({"task": name, "arm": arm, "n_steps": n_steps, **measure_mask(student, task.held_out[part])})
-        print(kept[-1], flush=True)
-        pd.DataFrame(kept).to_csv(path, index=False)
+    for length, arm in product(lengths, ARMS):
+        own = {**options["finetuning"], **options["finetuning_of"].get(arm, {})}
+        n_steps = round(length * own["n_steps"])
+        for lr in rates or [own["lr"]]:
+            if (arm, n_steps, lr) in done:
+                continue
+            student = seg.finetune(
+                labelled, channel=task.channels, patch_px=PATCH, pretrained=False, **{**own, "n_steps": n_steps, "lr": lr},
+                student="vit-tiny" if arm == "scratch" else seg.Segmenter.load(starts[arm]),
+            )  # fmt: skip
+            kept.append({"task": name, "arm": arm, "n_steps": n_steps, "lr": lr, **measure_mask(student, task.held_out[part])})
+            print(kept[-1], flush=True)
+            pd.DataFrame(kept).to_csv(path, index=False)
 
 
-def digest(*, large: bool) -> str:
-    """What tells runs of these settings from those of others."""
-    return made_with(
-        LARGE if large else SMALL, TUNING_VIEWS, VIEWS, PATCH, "calibrated DPT", "CHASE-DB1 whole", "kl_dice"
-    )
+def digest(task: str, arm: str, *, large: bool) -> str:
+    """What tells a run of a way on a task, made with these settings, from those of others."""
+    options = LARGE if large else SMALL
+    used = ["finetuning"] if arm == "scratch" else ["pretraining", "finetuning"]
+    used += ["tuning", "adaptation"] if arm == "ts_kd" else []
+    views = [VIEWS[task] if arm in {"task_agnostic_kd", "ts_kd"} else 0, TUNING_VIEWS if arm == "ts_kd" else 0]
+    shared = [PATCH, "calibrated DPT", "CHASE-DB1 whole", "kl_dice"]
+    return made_with([options[stage] for stage in used], options["finetuning_of"].get(arm, {}), views, shared)
 
 
 def one_task(
@@ -157,11 +178,12 @@ def one_task(
         if not arms:
             continue
         frame = seg.compare(
-            task.fields, test=task.held_out[part], teacher=teacher, folder=out / name / part, synthetic=synthetic, arms=arms,
+            task.fields, test=task.held_out[part], teacher=teacher, folder=out / name, synthetic=synthetic, arms=arms,
             n_labelled=[n_labelled], seeds=[seed], channel=task.channels, patch_px=PATCH,
             **options_of(task, n_labelled, large=large),
         )  # fmt: skip
-        frame = frame.assign(task=name, made_with=digest(large=large), device=device_name())
+        digests = [digest(name, arm, large=large) for arm in frame["arm"]]
+        frame = frame.assign(task=name, made_with=digests, device=device_name())
         frame.to_csv(out / f"{name}.{part}.{n_labelled}.{seed}.csv", index=False)
         print(f"{name} seed {seed}\n{frame.to_string(index=False)}", flush=True)
     return name
@@ -185,6 +207,7 @@ def main() -> None:
     parser.add_argument(
         "--schedules", action="store_true", help="shorter and longer last trainings, after the comparison"
     )
+    parser.add_argument("--rates", action="store_true", help="last trainings at several rates, after the comparison")
     parser.add_argument("--cost", action="store_true", help="time and memory of each stage, instead of the comparison")
     parser.add_argument("--validation", action="store_true")
     parser.add_argument("--large", action="store_true")
@@ -196,12 +219,20 @@ def main() -> None:
         ablate(args.data, args.out, part=part, large=args.large)
     if args.cost:
         measure_stages(args.out, LARGE if args.large else SMALL, large=args.large)
-    if args.schedules:
-        for name in [args.only] if args.only else list(TASKS):
-            vary_schedules(name, args.data, args.out, part=part, large=args.large)
-    before = read_runs(DOCS / RUNS, digest(large=args.large)) if args.resume and part == "test" else None
-    kept = set() if before is None else set(before[RUN].itertuples(index=False, name=None))
-    names = [] if args.ablations or args.schedules or args.cost else [args.only] if args.only else list(TASKS)
+    for name in [args.only] if args.only else list(TASKS):
+        for wanted, kind, lengths, rates in (
+            (args.schedules, "schedules", SCHEDULES, ()), (args.rates, "rates", (1,), RATES),
+        ):  # fmt: skip
+            if wanted:
+                vary_last_training(
+                    name, args.data, args.out, args.out / f"{kind}.{name}.{part}.csv", part=part, large=args.large,
+                    lengths=lengths, rates=rates,
+                )  # fmt: skip
+    before = pd.read_csv(DOCS / RUNS) if (DOCS / RUNS).exists() else pd.DataFrame(columns=[*RUN, "made_with"])
+    same = [row.made_with == digest(row.task, row.arm, large=args.large) for row in before.itertuples()]
+    resumed = args.resume and part == "test"
+    kept = set(before.loc[same if resumed else [], RUN].itertuples(index=False, name=None))
+    names = [] if args.ablations or args.schedules or args.rates or args.cost else [args.only] if args.only else list(TASKS)
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         jobs = [
             pool.submit(one_task, name, args.data, args.out, args.seeds, kept, part=part, large=args.large)
@@ -209,15 +240,19 @@ def main() -> None:
         ]
         for job in jobs:
             job.result()
-    runs = [table for table in (read_tables(args.out, "*.test.*.csv"), before) if table is not None]
-    if runs and not args.validation:
-        more = {
-            name: read_tables(args.out, pattern)
-            for name, pattern in (
-                ("ablation", "ablation.test.csv"), ("schedules", "schedules.*.test.csv"), ("cost", "cost*.csv"),
-            )
-        }  # fmt: skip
-        write(pd.concat(runs, ignore_index=True), DOCS, settings=LARGE if args.large else SMALL, **more)
+    runs = read_tables(args.out, "*.test.*.csv")
+    if args.validation or (runs is None and not resumed):
+        return
+    more = {
+        name: read_tables(args.out, pattern)
+        for name, pattern in (
+            ("ablation", "ablation.test.csv"), ("schedules", "schedules.*.test.csv"), ("cost", "cost*.csv"),
+        )
+    }  # fmt: skip
+    write(
+        before if runs is None else pd.concat([runs, before], ignore_index=True), DOCS,
+        settings=LARGE if args.large else SMALL, digest_of=partial(digest, large=args.large), **more,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

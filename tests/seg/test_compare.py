@@ -70,6 +70,25 @@ def test_every_way_at_every_number_of_labels(
         run(fields, tmp_path, finetuning={"n_steps": 3, "batch_size": 2})
 
 
+def test_single_ways_may_have_a_last_training_of_their_own(
+    run: Any, fields: list[Field], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[tuple[int, float]] = []
+    finetune = module.finetune
+
+    @functools.wraps(finetune)
+    def noted(labelled: Any, **kwargs: Any) -> Segmenter:
+        rates.append((kwargs["n_steps"], kwargs["lr"]))
+        return finetune(labelled, **kwargs)
+
+    monkeypatch.setattr(module, "finetune", noted)
+    options = {"arms": ("scratch", "mae"), "n_labelled": [1], "finetuning": {**SHORT, "lr": 1e-3}}
+    run(fields, tmp_path, **options, finetuning_of={"mae": {"lr": 3e-4}})
+    assert rates == [(2, 1e-3), (2, 3e-4)]
+    with pytest.raises(ValueError, match="was made with finetuning="):
+        run(fields, tmp_path, **options)
+
+
 def test_labels_are_nested_and_drawn_by_the_seed(fields: list[Field]) -> None:
     names = [[item.name for item in drawn(fields, n, 5)] for n in (1, 3, 6)]
     assert names[1][:1] == names[0]
@@ -115,6 +134,8 @@ def test_bad_input(run: Any, fields: list[Field], tmp_path: Path) -> None:
         ({"pretraining": {"mask_ratio": 0.5}}, "pretraining has the option 'mask_ratio': those of distill"),
         ({"pretraining": {"layers": {0: "block0"}}}, "pretraining has the option 'layers': those of pretrain"),
         ({"finetuning": {"n_stepz": 1}}, "finetuning has the option 'n_stepz'"), ({"patch_px": 50}, "patch_px=50"),
+        ({"finetuning_of": {"mae": {"n_stepz": 1}}}, r"finetuning_of\['mae'\] has the option 'n_stepz'"),
+        ({"finetuning_of": {"best": {}}}, r"finetuning_of=\['best'\]"),
     ],
 )  # fmt: skip
 def test_bad_settings_are_found_before_anything_is_trained(

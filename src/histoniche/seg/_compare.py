@@ -26,7 +26,7 @@ from .teachers import tune
 from .teachers._lora import finetune_lora
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from ._fields import Field
     from ._task_specific import Options
@@ -56,11 +56,13 @@ def compare(
     adaptation: Options | None = None,
     pretraining: Options | None = None,
     finetuning: Options | None = None,
+    finetuning_of: Mapping[str, Options] | None = None,
 ) -> pd.DataFrame:
     """Compare task-specific distillation with what else could make the same student.
 
-    Every way ends with the same training on the same labels (:func:`~histoniche.seg.finetune`), and all that pretrain do so
-    for equally many steps of equally large batches on the same images: ``"scratch"`` starts from random weights,
+    Every way ends with the same training on the same labels (:func:`~histoniche.seg.finetune`), but for what
+    ``finetuning_of`` says, and all that pretrain do so for equally many steps of equally large batches on the same images:
+    ``"scratch"`` starts from random weights,
     ``"imagenet"`` from those of ImageNet (MAE's own, where the student is ``"vit_base_patch16_224.mae"`` of timm),
     ``"mae"`` and ``"mocov3"`` from :func:`~histoniche.seg.pretrain`,
     ``"task_agnostic_kd"`` from the hidden layers of the untouched teacher, and ``"ts_kd"`` from maps and hidden layers of
@@ -93,6 +95,9 @@ def compare(
         Further arguments of the two trainings, the same for all ways: those that :func:`~histoniche.seg.distill` and
         :func:`~histoniche.seg.pretrain` share, and ``n_views``; and those of :func:`~histoniche.seg.finetune`. By default
         1000 steps of 8 patches each.
+    finetuning_of
+        Arguments of the last training for single ways, over those of ``finetuning``, such as ``{"scratch": {"lr": 1e-3}}``: a
+        student that has learnt before may want a lower rate than one of random weights.
 
     Returns
     -------
@@ -106,11 +111,12 @@ def compare(
         test image among the others, a folder that belongs to another comparison.
     """
     fields, test = list(fields), list(test)
-    unknown = [arm for arm in arms if arm not in ARMS]
+    of_arms = {arm: dict(options) for arm, options in (finetuning_of or {}).items()}
+    unknown = [arm for arm in [*arms, *of_arms] if arm not in ARMS]
     if unknown or not arms or not fields or not test:
         msg = (
-            f"compare was given {len(fields)} fields, {len(test)} test fields, arms={list(arms)}: at least one of each, and arms "
-            f"of {list(ARMS)}, are needed."
+            f"compare was given {len(fields)} fields, {len(test)} test fields, arms={list(arms)}, finetuning_of={list(of_arms)}: at "
+            f"least one of the first three, and arms of {list(ARMS)}, are needed."
         )
         raise ValueError(msg)
     if not len(n_labelled) or not 1 <= min(n_labelled) <= max(n_labelled) <= len(fields) or not len(seeds):
@@ -122,6 +128,7 @@ def compare(
     check_options(
         {"tuning": (tune, tuning), "adaptation": (finetune_lora, adaptation), "finetuning": (finetune, finetuning)}
     )
+    check_options({f"finetuning_of[{arm!r}]": (finetune, options) for arm, options in of_arms.items()})
     check_options({"pretraining": (distill, pretraining)})
     check_options({"pretraining": (pretrain, {k: v for k, v in (pretraining or {}).items() if k != "n_views"})})
     check_fields([*fields, *synthetic], [], [], channel, patch_px=patch_px, n_steps=1, batch_size=2)
@@ -130,7 +137,7 @@ def compare(
     grid = _Grid(
         fields, [*(item.without_labels() for item in fields), *synthetic], test, teacher, Path(folder),
         {"channel": channel, "patch_px": patch_px}, student, tuning, adaptation, {**_PRETRAINING, **(pretraining or {})},
-        dict(finetuning or {}),
+        dict(finetuning or {}), of_arms,
     )  # fmt: skip
     runs = [(arm, n, seed) for seed in seeds for n in n_labelled for arm in arms]
     return pd.DataFrame([grid.run(*run) for run in tqdm(runs, desc="compare", disable=not settings.progress)])
@@ -181,6 +188,7 @@ class _Grid:
     adaptation: Options | None
     pretraining: dict[str, Any]
     finetuning: dict[str, Any]
+    finetuning_of: dict[str, dict[str, Any]]
 
     @cached_property
     def made_of(self) -> dict[str, Any]:
@@ -194,7 +202,7 @@ class _Grid:
         """Train a student and measure it."""
         labelled = drawn(self.fields, n_labelled, seed)
         stages = Stages(self.folder / f"{arm}-{n_labelled}-{seed}")
-        options = {**self.common, "seed": seed, **self.finetuning}
+        options = {**self.common, "seed": seed, **self.finetuning, **self.finetuning_of.get(arm, {})}
         made_of = {
             **self.made_of, "labelled": fingerprints(labelled), "tuning": self.tuning,
             "adaptation": self.adaptation, "finetuning": options,
