@@ -16,6 +16,7 @@ import pytest
 from histoniche.seg import Field, Segmenter, SegmenterConfig, compare, metrics
 from histoniche.seg import _compare as module
 from histoniche.seg._compare import drawn, measure_mask
+from histoniche.seg._task_specific import FOURTH_STAGE
 
 SHORT: dict[str, Any] = {"n_steps": 2, "batch_size": 2}
 
@@ -83,10 +84,14 @@ def test_single_ways_may_have_a_last_training_of_their_own(
 
     monkeypatch.setattr(module, "finetune", noted)
     options = {"arms": ("scratch", "mae"), "n_labelled": [1], "finetuning": {**SHORT, "lr": 1e-3}}
-    run(fields, tmp_path, **options, finetuning_of={"mae": {"lr": 3e-4}})
+    run(fields, tmp_path / "own", **options, finetuning_of={"mae": {"lr": 3e-4}})
     assert rates == [(2, 1e-3), (2, 3e-4)]
+    rates.clear()
+    run(fields, tmp_path / "usual", n_labelled=[1], arms=["ts_kd"])
+    run(fields, tmp_path / "given", n_labelled=[1], arms=["ts_kd"], finetuning={**SHORT, "lr": 2e-3})
+    assert rates == [(2, FOURTH_STAGE["lr"]), (2, 2e-3)]
     with pytest.raises(ValueError, match="was made with finetuning="):
-        run(fields, tmp_path, **options)
+        run(fields, tmp_path / "own", **options)
 
 
 def test_labels_are_nested_and_drawn_by_the_seed(fields: list[Field]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -98,6 +99,7 @@ def test_without_lora(options: Any, fields: list[Field], tmp_path: Path) -> None
     task_specific_distill(fields[:2], **options(tmp_path, adaptation={"n_steps": 0}))
     assert not (tmp_path / "teacher").exists()
     assert Segmenter.load(tmp_path / "distilled").config.teacher["name"] == "tiny-tuned"
+    assert json.loads((tmp_path / "student.json").read_text())["lr"] == module.FOURTH_STAGE["lr"]
 
 
 def test_a_folder_of_another_run_is_refused(options: Any, fields: list[Field], tmp_path: Path) -> None:

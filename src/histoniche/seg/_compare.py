@@ -21,7 +21,7 @@ from ._pretrain import pretrain
 from ._segmenter import Segmenter
 from ._stages import Stages
 from ._start import check_fields
-from ._task_specific import THIRD_STAGE, adapt_teacher, check_options
+from ._task_specific import FOURTH_STAGE, THIRD_STAGE, adapt_teacher, check_options
 from .teachers import tune
 from .teachers._lora import finetune_lora
 
@@ -94,7 +94,7 @@ def compare(
     pretraining, finetuning
         Further arguments of the two trainings, the same for all ways: those that :func:`~histoniche.seg.distill` and
         :func:`~histoniche.seg.pretrain` share, and ``n_views``; and those of :func:`~histoniche.seg.finetune`. By default
-        1000 steps of 8 patches each.
+        1000 steps of 8 patches each; ``"ts_kd"`` ends as :func:`task_specific_distill` does.
     finetuning_of
         Arguments of the last training for single ways, over those of ``finetuning``, such as ``{"scratch": {"lr": 1e-3}}``: a
         student that has learnt before may want a lower rate than one of random weights.
@@ -202,7 +202,8 @@ class _Grid:
         """Train a student and measure it."""
         labelled = drawn(self.fields, n_labelled, seed)
         stages = Stages(self.folder / f"{arm}-{n_labelled}-{seed}")
-        options = {**self.common, "seed": seed, **self.finetuning, **self.finetuning_of.get(arm, {})}
+        options = {**self.common, "seed": seed, **(FOURTH_STAGE if arm == "ts_kd" else {})}
+        options |= {**self.finetuning, **self.finetuning_of.get(arm, {})}
         made_of = {
             **self.made_of, "labelled": fingerprints(labelled), "tuning": self.tuning,
             "adaptation": self.adaptation, "finetuning": options,

@@ -28,6 +28,8 @@ _OURS = {"fields", "teacher", "folder", "checkpoint", "cache"}
 
 THIRD_STAGE: Options = {"terms": ("probability", "boundary", "hidden"), "matching": "kl_dice"}
 """How the third stage teaches, unless it is told otherwise: structures of a task may be sparse and thin."""
+FOURTH_STAGE: Options = {"lr": 3e-4}
+"""At the rate of random weights a few labels undo what the teacher taught."""
 
 
 def task_specific_distill(
@@ -55,7 +57,8 @@ def task_specific_distill(
        :func:`~histoniche.seg.finetune_lora`).
     2. A diffusion model of all images makes more of them (:func:`~histoniche.seg.synthesize`).
     3. The student learns the adapted teacher's maps and hidden layers on all of these (:func:`~histoniche.seg.distill`).
-    4. The student is trained on the labels (:func:`~histoniche.seg.finetune`).
+    4. The student is trained on the labels (:func:`~histoniche.seg.finetune`), at a rate of 3e-4 unless ``finetuning`` says
+       otherwise.
 
     Every stage leaves its result in the folder, and an interrupted one its state (but for the tuning of the decoder, which begins
     anew); the same call goes on from there. Fields, settings and the student's name are checked before the first stage.
@@ -145,7 +148,7 @@ def task_specific_distill(
         "distilled", described, Segmenter.load, Segmenter.save,
         lambda state: distill(transfer, teacher=adapted, cache=stages.folder / "outputs", checkpoint=state, **options),
     )  # fmt: skip
-    options = {**common, **(finetuning or {})}
+    options = {**common, **FOURTH_STAGE, **(finetuning or {})}
     described = {"student": distilled.digest, "fields": fingerprints(labelled), **_described(options)}
     return stages.run(
         "student", described, Segmenter.load, Segmenter.save,
