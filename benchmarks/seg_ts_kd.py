@@ -254,7 +254,7 @@ def main() -> None:
         for job in jobs:
             job.result()
     runs = read_tables(args.out, "*.test.*.csv")
-    if args.validation or (runs is None and not resumed):
+    if args.validation or (runs is None and before.empty):
         return
     more = {
         name: read_tables(args.out, pattern)

@@ -34,9 +34,8 @@ def run(tiny_teacher: Any) -> Callable[..., pd.DataFrame]:
     return compared
 
 
-def test_every_way_at_every_number_of_labels(
-    run: Any, fields: list[Field], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def noted_last_trainings(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Labels and options of the last trainings, as they begin."""
     trained: list[dict[str, Any]] = []
     finetune = module.finetune
 
@@ -46,6 +45,13 @@ def test_every_way_at_every_number_of_labels(
         return finetune(labelled, **kwargs)
 
     monkeypatch.setattr(module, "finetune", noted)
+    return trained
+
+
+def test_every_way_at_every_number_of_labels(
+    run: Any, fields: list[Field], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = noted_last_trainings(monkeypatch)
     frame = run(fields, tmp_path)
     assert list(frame.columns) == ["arm", "n_labelled", "seed", "dice", "hausdorff95", "missed"]
     assert len(frame) == 10
@@ -74,22 +80,14 @@ def test_every_way_at_every_number_of_labels(
 def test_single_ways_may_have_a_last_training_of_their_own(
     run: Any, fields: list[Field], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rates: list[tuple[int, float]] = []
-    finetune = module.finetune
-
-    @functools.wraps(finetune)
-    def noted(labelled: Any, **kwargs: Any) -> Segmenter:
-        rates.append((kwargs["n_steps"], kwargs["lr"]))
-        return finetune(labelled, **kwargs)
-
-    monkeypatch.setattr(module, "finetune", noted)
+    trained = noted_last_trainings(monkeypatch)
     options = {"arms": ("scratch", "mae"), "n_labelled": [1], "finetuning": {**SHORT, "lr": 1e-3}}
     run(fields, tmp_path / "own", **options, finetuning_of={"mae": {"lr": 3e-4}})
-    assert rates == [(2, 1e-3), (2, 3e-4)]
-    rates.clear()
+    assert [call["lr"] for call in trained] == [1e-3, 3e-4]
+    trained.clear()
     run(fields, tmp_path / "usual", n_labelled=[1], arms=["ts_kd"])
     run(fields, tmp_path / "given", n_labelled=[1], arms=["ts_kd"], finetuning={**SHORT, "lr": 2e-3})
-    assert rates == [(2, FOURTH_STAGE["lr"]), (2, 2e-3)]
+    assert [call["lr"] for call in trained] == [FOURTH_STAGE["lr"], 2e-3]
     with pytest.raises(ValueError, match="was made with finetuning="):
         run(fields, tmp_path / "own", **options)
 
