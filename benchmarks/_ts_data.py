@@ -24,6 +24,8 @@ PATCH = 128
 """Width in px of a patch."""
 VIEWS = {"chase_db1": 4, "bbbc038": 2, "pancreas_ducts": 1}
 """Patches of each field that a teacher shows to students."""
+N_LABELLED = {"chase_db1": (2, 4, 8), "bbbc038": (4, 16, 40), "pancreas_ducts": (4, 16)}
+"""Numbers of labelled fields."""
 DUCTAL = ("EPCAM", "KRT7", "CFTR", "EHF")
 BANDS = {"train": (0.0, 0.55), "validation": (0.58, 0.70), "test": (0.73, 1.0)}
 """Parts of the height of the pancreas."""
@@ -75,7 +77,11 @@ def chase_db1(data: Path) -> Task:
         [item for item in every if int(item.name[:2]) in children] for children in parts.values()
     )
     return Task(
-        ["red", "green", "blue"], train, {"validation": validation, "test": test}, (2, 4, 8), VIEWS["chase_db1"]
+        ["red", "green", "blue"],
+        train,
+        {"validation": validation, "test": test},
+        N_LABELLED["chase_db1"],
+        VIEWS["chase_db1"],
     )
 
 
@@ -90,7 +96,9 @@ def bbbc038(data: Path) -> Task:
         for item in images
     ]
     fields = [item for item in squares[52:] if len(np.unique(item.read_labels())) > 3][:48]
-    return Task(["DNA"], fields, {"test": squares[:24], "validation": squares[24:36]}, (4, 16, 40), VIEWS["bbbc038"])
+    return Task(
+        ["DNA"], fields, {"test": squares[:24], "validation": squares[24:36]}, N_LABELLED["bbbc038"], VIEWS["bbbc038"]
+    )
 
 
 def pancreas_ducts(data: Path) -> Task:
@@ -128,7 +136,13 @@ def pancreas_ducts(data: Path) -> Task:
         return found
 
     held_out = {"test": take("test", 16, 256, 3), "validation": take("validation", 8, 256, 2)}
-    return Task(list(whole.channels), take("train", 48, PATCH, 1), held_out, (4, 16), VIEWS["pancreas_ducts"])
+    return Task(
+        list(whole.channels),
+        take("train", 48, PATCH, 1),
+        held_out,
+        N_LABELLED["pancreas_ducts"],
+        VIEWS["pancreas_ducts"],
+    )
 
 
 def _ductal_cells(sdata: SpatialData) -> np.ndarray:

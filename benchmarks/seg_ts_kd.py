@@ -1,17 +1,19 @@
 """A small student with few labels: task-specific distillation beside training from scratch, MAE, MoCo v3 and task-agnostic KD.
 
-    python benchmarks/seg_ts_kd.py DATA --out RUNS [--only chase_db1] [--seeds 0 1 2] [--jobs 2] [--resume]
+    python benchmarks/seg_ts_kd.py DATA --out RUNS --jobs 2                                          # two cores
+    python benchmarks/seg_ts_kd.py DATA --out RUNS --jobs 16 --seeds 0 1 2 --every-number            # a GPU
     python benchmarks/seg_ts_kd.py DATA --out RUNS --ablations
     python benchmarks/seg_ts_kd.py DATA --out RUNS --schedules [--only chase_db1]
     python benchmarks/seg_ts_kd.py DATA --out RUNS --rates --validation [--only chase_db1]
     python benchmarks/seg_ts_kd.py DATA --out RUNS --cost
 
-DATA holds ``chase_db1``, ``bbbc038`` and ``xenium_pancreas`` (drawn as VIRTUAL H&E). Everything is kept under RUNS, so that a
-benchmark that was stopped goes on. Writes ``docs/benchmarks/seg_ts_kd.{md,json}``, its pictures and the figures of every run,
-``seg_ts_kd/runs.csv``, from whatever runs are there. Runs of that file that were not made again stay, and are marked where their
-settings were others; with ``--resume`` those made with the same settings are not repeated. ``--validation`` measures on validation
-fields instead, to choose settings on, and writes no page. ``--large`` is the configuration for a GPU: SAM ViT-B, long schedules,
-3000 synthetic images.
+DATA holds ``chase_db1``, ``bbbc038`` and ``xenium_pancreas`` (drawn as VIRTUAL H&E). The first is one draw of the fewest labels of
+each task, the second three draws of every number. Several processes share a GPU well under NVIDIA's MPS. Everything is kept under
+RUNS, so that a benchmark that was stopped goes on. Writes ``docs/benchmarks/seg_ts_kd.{md,json}``, its pictures and the figures of
+every run, ``seg_ts_kd/runs.csv``, from whatever runs are there. Runs of that file that were not made again stay, and are marked
+where their settings were others; with ``--resume`` those made with the same settings are not repeated. ``--validation`` measures on
+validation fields instead, to choose settings on, and writes no page. ``--large`` is a configuration for SAM ViT-B, whose weights
+are asked for at the hub: long schedules, 3000 synthetic images.
 """
 
 from __future__ import annotations
@@ -19,16 +21,18 @@ from __future__ import annotations
 import argparse
 import os
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+import torch
 from _runs import device_name, made_with
 from _ts_cost import measure as measure_stages
-from _ts_data import PATCH, TASKS, VIEWS
+from _ts_data import N_LABELLED, PATCH, TASKS, VIEWS
 from _ts_page import RUN, RUNS, write
 
 from histoniche import seg, settings
@@ -41,6 +45,7 @@ if TYPE_CHECKING:
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 ARMS = ("scratch", "mae", "mocov3", "task_agnostic_kd", "ts_kd")
+BY_COST = ("ts_kd", "mocov3", "task_agnostic_kd", "mae", "scratch")
 SMALL: dict[str, Any] = {
     "tuning": {"n_steps": 600, "batch_size": 4},
     "adaptation": {"n_steps": 0, "batch_size": 2},
@@ -55,6 +60,9 @@ PRECISION = "32-true"
 """What tells places apart is a few percent of a pretrained Transformer's features, which bfloat16 rounds to half a percent."""
 LORA = {"n_steps": 40, "batch_size": 2, "lr": 3e-4}
 """Adaptation of the ablation on two cores."""
+LORA_ON_GPU = {"n_steps": 300, "batch_size": 4, "lr": 3e-4}
+SYNTHESIS = {"n_images": 1000, "n_steps": 1200}
+"""Adaptation and synthetic images of the ablation on a GPU."""
 LARGE: dict[str, Any] = {
     "tuning": {"n_steps": 1000, "batch_size": 8},
     "adaptation": {"n_steps": 2000, "batch_size": 4, "rank": 4},
@@ -62,7 +70,8 @@ LARGE: dict[str, Any] = {
     "finetuning": {"n_steps": 4000, "batch_size": 32, "lr": 1e-3},
     "finetuning_of": {"ts_kd": {"lr": 3e-4}},
 }
-"""For a GPU."""
+LARGE_SYNTHESIS = {"n_images": 3000, "n_steps": 20000}
+"""For SAM on a GPU."""
 TUNING_VIEWS = 96
 """Patches that the teacher's decoder is tuned on, shared by the labelled fields."""
 ABLATED = "bbbc038"
@@ -72,8 +81,8 @@ RANKS = (0, 4, 16)
 UNLABELLED = (0, 20, 44)
 """Unlabelled fields in the transfer set, beside the labelled ones."""
 SYNTHETIC = (0, 250, 1000)
-"""Synthetic images in the transfer set, all unlabelled fields beside them; only with ``--large``."""
-SCHEDULES = (0.25, 0.5, 1, 2, 4)
+"""Synthetic images in the transfer set, all unlabelled fields beside them; only on a GPU."""
+SCHEDULES = (0.25, 1, 4)
 """Lengths of the last training, in those of the settings, for every way: what a rival would gain by patience."""
 
 
@@ -88,31 +97,49 @@ RATES = (3e-4, 1e-3)
 """Rates of the last training that each way's was chosen from."""
 
 
+@cache
+def task_of(name: str, data: Path) -> Task:
+    """A task, made once in a process."""
+    return TASKS[name](data)
+
+
+@cache
+def teacher_of(channels: tuple[str, ...], *, large: bool) -> seg.teachers.PromptedTeacher:
+    """The teacher, loaded once in a process."""
+    return seg.teachers.SAM(channels, model="vit_b") if large else seg.teachers.LiteMedSAM(channels)
+
+
+def synthetic_fields(name: str, data: Path, out: Path, **options: Any) -> list[seg.Field]:
+    """Synthetic images of a task, made where they are not yet there."""
+    images = [item.without_labels() for item in task_of(name, data).fields]
+    return seg.synthesize(images, folder=out / name / "synthetic", size_px=PATCH, **options)
+
+
 def ablate(data: Path, out: Path, *, part: str, large: bool) -> None:
     """Vary one thing at a time: rank, unlabelled fields, synthetic images. Each measured is a line of a table."""
     settings.progress, settings.precision = False, PRECISION
-    task = TASKS[ABLATED](data)
+    task, on_gpu = task_of(ABLATED, data), large or torch.cuda.is_available()
     options = options_of(task, task.n_labelled[0], large=large)
-    teacher = seg.teachers.SAM(task.channels, model="vit_b") if large else seg.teachers.LiteMedSAM(task.channels)
+    teacher = teacher_of(tuple(task.channels), large=large)
+    lora = options["adaptation"] if large else LORA_ON_GPU if on_gpu else LORA
     labelled = drawn(task.fields, task.n_labelled[0], 0)
     rest = [item for item in task.fields if item.name not in {other.name for other in labelled}]
-    rank = options["adaptation"].get("rank", 0)
+    made = synthetic_fields(ABLATED, data, out, **(LARGE_SYNTHESIS if large else SYNTHESIS)) if on_gpu else []
+    rank = 4 if on_gpu else 0
     wanted = [(value, len(rest), 0) for value in RANKS]
     wanted += [(rank, value, 0) for value in UNLABELLED if value < len(rest)]
-    wanted += [(rank, len(rest), value) for value in (SYNTHETIC if large else ()) if value]
+    wanted += [(rank, len(rest), value) for value in SYNTHETIC if on_gpu and value]
     rows = []
     for rank, n_unlabelled, n_synthetic in wanted:
-        adaptation = {**options["adaptation"], **({} if large else LORA), "rank": rank} if rank else {"n_steps": 0}
         student = seg.task_specific_distill(
-            labelled, teacher=teacher, unlabelled=rest[:n_unlabelled], held_out=task.held_out[part],
+            labelled, teacher=teacher, unlabelled=[*rest[:n_unlabelled], *made[:n_synthetic]], held_out=task.held_out[part],
             folder=out / "ablation" / f"rank{rank}-{n_unlabelled}-{n_synthetic}", channel=task.channels, pretrained=False,
-            n_synthetic=n_synthetic, patch_px=PATCH, tuning=options["tuning"], adaptation=adaptation,
-            distillation=options["pretraining"],
+            n_synthetic=0, patch_px=PATCH, tuning=options["tuning"],
+            adaptation={**lora, "rank": rank} if rank else {"n_steps": 0}, distillation=options["pretraining"],
             finetuning={**options["finetuning"], **options["finetuning_of"].get("ts_kd", {})},
         )  # fmt: skip
         row = {"rank": rank, "unlabelled": n_unlabelled, "synthetic": n_synthetic, "device": device_name()}
-        row["lora_steps"] = (options["adaptation"] if large else LORA)["n_steps"] if rank else 0
-        rows.append({**row, **measure_mask(student, task.held_out[part])})
+        rows.append({**row, "lora_steps": lora["n_steps"] if rank else 0, **measure_mask(student, task.held_out[part])})
         print(rows[-1], flush=True)
         pd.DataFrame(rows).to_csv(out / f"ablation.{part}.csv", index=False)
 
@@ -133,7 +160,7 @@ def vary_last_training(
     Without rates, each way has its own.
     """
     settings.progress, settings.precision = False, PRECISION
-    task = TASKS[name](data)
+    task = task_of(name, data)
     options = LARGE if large else SMALL
     n_labelled, folder = task.n_labelled[0], out / name
     labelled = drawn(task.fields, n_labelled, 0)
@@ -168,36 +195,40 @@ def digest(task: str, arm: str, *, large: bool) -> str:
     return made_with([options[stage] for stage in used], options["finetuning_of"].get(arm, {}), views, shared)
 
 
-def one_task(
-    name: str, data: Path, out: Path, seeds: list[int], kept: set[tuple[Any, ...]], *, part: str, large: bool
-) -> str:
-    """Compare the arms on a task, seed by seed and number by number, but for what was kept."""
+@dataclass(frozen=True)
+class Job:
+    """What can run beside others: a way and a seed of a task, for numbers of labels that share a pretraining."""
+
+    task: str
+    arm: str
+    seed: int
+    numbers: tuple[int, ...]
+
+
+def jobs_of(names: Sequence[str], seeds: Sequence[int], kept: set[tuple[Any, ...]], *, every_number: bool) -> list[Job]:
+    """All that is not kept, the longest first. Labels have no part in what MAE, MoCo v3 and task-agnostic KD start from."""
+    jobs = []
+    for arm, name, seed in product(BY_COST, names, seeds):
+        every = N_LABELLED[name] if every_number else N_LABELLED[name][:1]
+        left = tuple(n for n in every if (name, n, arm, seed) not in kept)
+        jobs += [Job(name, arm, seed, part) for part in (((n,) for n in left) if arm == "ts_kd" else (left,)) if part]
+    return jobs
+
+
+def compare_one(job: Job, data: Path, out: Path, *, part: str, large: bool) -> None:
+    """Make the students of a job, and measure them."""
     settings.progress, settings.precision = False, PRECISION
-    task = TASKS[name](data)
-    teacher: seg.teachers.PromptedTeacher
-    synthetic: list[seg.Field] = []
-    if large:
-        teacher = seg.teachers.SAM(task.channels, model="vit_b")
-        synthetic = seg.synthesize(
-            [item.without_labels() for item in task.fields], folder=out / name / "synthetic", n_images=3000,
-            size_px=PATCH, n_steps=20000,
-        )  # fmt: skip
-    else:
-        teacher = seg.teachers.LiteMedSAM(task.channels)
-    for seed, n_labelled in product(seeds, task.n_labelled):
-        arms = [arm for arm in ARMS if (name, n_labelled, arm, seed) not in kept]
-        if not arms:
-            continue
+    task = task_of(job.task, data)
+    synthetic = synthetic_fields(job.task, data, out, **LARGE_SYNTHESIS) if large else []
+    for n_labelled in job.numbers:
         frame = seg.compare(
-            task.fields, test=task.held_out[part], teacher=teacher, folder=out / name, synthetic=synthetic, arms=arms,
-            n_labelled=[n_labelled], seeds=[seed], channel=task.channels, patch_px=PATCH,
+            task.fields, test=task.held_out[part], teacher=teacher_of(tuple(task.channels), large=large), folder=out / job.task,
+            synthetic=synthetic, arms=[job.arm], n_labelled=[n_labelled], seeds=[job.seed], channel=task.channels, patch_px=PATCH,
             **options_of(task, n_labelled, large=large),
         )  # fmt: skip
-        digests = [digest(name, arm, large=large) for arm in frame["arm"]]
-        frame = frame.assign(task=name, made_with=digests, device=device_name())
-        frame.to_csv(out / f"{name}.{part}.{n_labelled}.{seed}.csv", index=False)
-        print(f"{name} seed {seed}\n{frame.to_string(index=False)}", flush=True)
-    return name
+        frame = frame.assign(task=job.task, made_with=digest(job.task, job.arm, large=large), device=device_name())
+        frame.to_csv(out / f"{job.task}.{part}.{n_labelled}.{job.arm}.{job.seed}.csv", index=False)
+        print(frame.to_string(index=False, header=False), flush=True)
 
 
 def read_tables(folder: Path, pattern: str) -> pd.DataFrame | None:
@@ -212,8 +243,9 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", choices=list(TASKS), help="one task")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=1, help="tasks at a time, each in one thread")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="draws of labels")
+    parser.add_argument("--every-number", action="store_true", help="not the fewest labels alone")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each in one thread")
     parser.add_argument("--ablations", action="store_true", help="the ablations, instead of the comparison")
     parser.add_argument(
         "--schedules", action="store_true", help="shorter and longer last trainings, after the comparison"
@@ -246,11 +278,12 @@ def main() -> None:
     names = (
         [] if args.ablations or args.schedules or args.rates or args.cost else [args.only] if args.only else list(TASKS)
     )
+    if args.large:
+        for name in names:  # before the processes that share them
+            synthetic_fields(name, args.data, args.out, **LARGE_SYNTHESIS)
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
-        jobs = [
-            pool.submit(one_task, name, args.data, args.out, args.seeds, kept, part=part, large=args.large)
-            for name in names
-        ]
+        run = partial(compare_one, data=args.data, out=args.out, part=part, large=args.large)
+        jobs = [pool.submit(run, job) for job in jobs_of(names, args.seeds, kept, every_number=args.every_number)]
         for job in jobs:
             job.result()
     runs = read_tables(args.out, "*.test.*.csv")
