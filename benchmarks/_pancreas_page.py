@@ -66,7 +66,7 @@ def write_page(
         *(_quality(k, seeds, runs, flat, tables) for k in n_niches),
         _NICHES_HEAD,
         *(_niches(k, tables[k, seeds[0]]) for k in n_niches),
-        _pictures(n_niches[0], seeds[0]),
+        _pictures(n_niches, seeds[0]),
         _time(times, flat),
     ]
     (docs / "xenium_pancreas.md").write_text("\n".join(sections))
@@ -223,8 +223,9 @@ def _niches(k: int, table: AnnData) -> str:
 """
 
 
-def _pictures(k: int, seed: int) -> str:
-    return f"""Pictures of K = {k}, seed {seed}:
+def _pictures(n_niches: Sequence[int], seed: int) -> str:
+    further = "".join(f"\n![Niche maps, K = {k}](xenium_pancreas/niche_map_k{k}.jpg)\n" for k in n_niches[1:])
+    return f"""Pictures of K = {n_niches[0]}, seed {seed}:
 
 ![Niche maps of teacher and student](xenium_pancreas/niche_map.jpg)
 
@@ -235,7 +236,9 @@ def _pictures(k: int, seed: int) -> str:
 ![Crops of virtual H&E of each niche](xenium_pancreas/exemplars.jpg)
 
 ![Training](xenium_pancreas/training.jpg)
-"""
+
+The maps of other K, same seed:
+{further}"""
 
 
 def _time(times: dict[str, dict[str, float]], flat: dict[str, float]) -> str:

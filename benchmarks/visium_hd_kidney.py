@@ -316,7 +316,7 @@ def glomeruli_table(flat: dict[str, float], settings: list[str]) -> str:
     for s in settings:
         g = f"{s}.glomeruli."
         bin_um, k = s.split(".k")
-        found = f"{flat[g + 'glomeruli_found']:.1f} of {flat[g + 'glomeruli']:.0f}"
+        found = f"{shown(flat, g + 'glomeruli_found', 1)} of {flat[g + 'glomeruli']:.0f}"
         rows.append(
             f"| {bin_um}, {k} | {shown(flat, g + 'auc_regions')} | {shown(flat, g + 'auc_bins')} | "
             f"{shown(flat, g + 'podocyte_inside')} | {shown(flat, g + 'podocyte_outside')} | {found} | "

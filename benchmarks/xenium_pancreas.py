@@ -215,11 +215,20 @@ def plots(job: Job) -> None:
     hn.pl.exemplars(sdata, image_key="virtual_he", save=place / "exemplars.jpg")
 
 
+def further_map(job: Job) -> None:
+    """Niche map of another number of niches."""
+    import histoniche as hn
+
+    save = job.docs / "xenium_pancreas" / f"niche_map_k{job.n_niches}.jpg"
+    hn.pl.niche_map(job.read(), image_key="virtual_he", save=save)
+
+
 ONCE = {"read": read, "holdout": holdout, "neighbors": neighbors, "histology": histology}
 PER_SEED = {"molecular": molecular}
 PER_RUN = {"teacher": teacher, "student": student, "evaluate": evaluate}
 STAGES = {
-    **ONCE, **PER_SEED, **PER_RUN, "plots": plots, "histology_3_strides": histology_3_strides, "unsupervised": unsupervised,
+    **ONCE, **PER_SEED, **PER_RUN, "plots": plots, "further_map": further_map, "histology_3_strides": histology_3_strides,
+    "unsupervised": unsupervised,
 }  # fmt: skip
 
 
@@ -287,6 +296,8 @@ def run_all(arguments: argparse.Namespace) -> None:
             made.result()
         for made in [pool.submit(others, s, k) for s in arguments.seeds for k in arguments.n_niches]:
             made.result()
+    for k in arguments.n_niches[1:]:
+        runner(job(arguments.seeds[0], k), ["further_map"], alone=True)
     write_page(base.output, base.docs, arguments.seeds, arguments.n_niches, runner.done)
 
 
@@ -303,7 +314,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.stage:
         per_seed = arguments.stage in PER_SEED
-        per_run = arguments.stage in PER_RUN or arguments.stage in ("plots", "unsupervised")
+        per_run = arguments.stage in PER_RUN or arguments.stage in ("plots", "further_map", "unsupervised")
         STAGES[arguments.stage](
             Job(
                 arguments.output,
