@@ -316,8 +316,8 @@ def tables(flat: dict[str, float]) -> str:
 PAGE = """# Dense features beside crops
 
 `mode="crop"` encodes a crop of 224 px around every cell and keeps the pooled 1280 numbers, the published way; `mode="dense"`
-encodes tiles once and reads 152 numbers off the feature maps at each cell. EfficientNet-Lite0 (ImageNet weights) both times.
-What a dense cell costs falls with the density of cells, what a crop costs does not.
+encodes tiles once and reads 152 numbers off the feature maps at each cell. EfficientNet-Lite0 (ImageNet weights) both times,
+on the image as it is: means over four mirror images, as in the main figures of the pancreas, cost either mode four times as much. What a dense cell costs falls with the density of cells, what a crop costs does not.
 
 {tables}
 

@@ -236,7 +236,7 @@ def table_of(table: pd.DataFrame, task: Task) -> str:
     """Markdown table of a task."""
     part = table.loc[task.key]
     lines = [
-        "| caller | neighbours | ARI | NMI | niches | effective | seconds | same seed, same labels |",
+        "| caller | neighbours | ARI | NMI | niches | effective | seconds | same seed, same labels (on STARmap) |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for caller in CALLERS:
