@@ -311,6 +311,7 @@ def report(arguments: argparse.Namespace, found: dict[str, dict[str, Any]]) -> N
         for x in [found[job]]
         for phase in PHASES
     ]
+    outside = {job: f"{1 - x['ratio']:.0%}" for job, x in found.items()}
     missed = [f"{labels[job]} {x['ratio']:.2f}" for job, x in found.items() if x["ratio"] < 0.9]
     goal = f"missed by {'; '.join(missed)}" if missed else "met by all four"
     machine = torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} cores ({platform.machine()}), no GPU"
@@ -350,6 +351,8 @@ moving average. The bare loop has its loss under *forward* and no clipping.
 | job | phase | loop, ms | bare, ms | share of the loop, % |
 |---|---|---|---|---|
 {newline.join(phases)}
+
+Of the prediction {outside["student_prediction"]} (student) and {outside["nolan_prediction"]} (NOLAN) is outside the model: 1 less the ratio.
 {host}
 ## Machine and command
 

@@ -127,6 +127,12 @@ def test_bad_input(run: Any, fields: list[Field], tmp_path: Path) -> None:
         run(fields, tmp_path, test=[])
     with pytest.raises(ValueError, match="has the pixels of the held-out field 'nuclei4'"):
         run(fields, tmp_path, synthetic=[replace(fields[4], name="copy")])
+    for given in (
+        {"finetuning": {**SHORT, "validation": fields[4:]}},
+        {"finetuning_of": {"mae": {"validation": fields[4:]}}},
+    ):
+        with pytest.raises(ValueError, match="has the pixels of the held-out field 'nuclei4'"):
+            run(fields, tmp_path, **given)
     assert not list(tmp_path.iterdir())
 
 
@@ -139,6 +145,9 @@ def test_bad_input(run: Any, fields: list[Field], tmp_path: Path) -> None:
         ({"finetuning": {"n_stepz": 1}}, "finetuning has the option 'n_stepz'"), ({"patch_px": 50}, "patch_px=50"),
         ({"finetuning_of": {"mae": {"n_stepz": 1}}}, r"finetuning_of\['mae'\] has the option 'n_stepz'"),
         ({"finetuning_of": {"best": {}}}, r"finetuning_of=\['best'\]"),
+        ({"finetuning": {"pretrained": True}}, "finetuning has the option 'pretrained', which is the same for all ways"),
+        ({"finetuning_of": {"mae": {"weights": "x"}}}, "mae has the option 'weights', which is the same for all ways"),
+        ({"pretraining": {"seed": 3}}, "pretraining has the option 'seed'"),
     ],
 )  # fmt: skip
 def test_bad_settings_are_found_before_anything_is_trained(

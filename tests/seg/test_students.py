@@ -87,6 +87,21 @@ def test_weights_of_a_local_file(tmp_path: Path) -> None:
     assert shared > 100
 
 
+@pytest.mark.parametrize("n_channels", [1, 3])
+def test_weights_of_a_local_file_for_a_transformer(tmp_path: Path, n_channels: int) -> None:
+    source = timm.create_model("vit_tiny_patch16_224", pretrained=False, dynamic_img_size=True)
+    state = {name: tensor.contiguous() for name, tensor in source.state_dict().items()}
+    save_file(state, tmp_path / "encoder.safetensors")
+    student = build_student("vit-tiny", n_channels=n_channels, weights=tmp_path / "encoder.safetensors")
+    found = {name.removeprefix("model."): tensor for name, tensor in student.encoder.state_dict().items()}
+    assert torch.equal(found["cls_token"], state["cls_token"])
+    assert torch.equal(found["blocks.11.mlp.fc2.weight"], state["blocks.11.mlp.fc2.weight"])
+    kernel = state["patch_embed.proj.weight"]
+    torch.testing.assert_close(
+        found["patch_embed.proj.weight"], kernel.sum(1, keepdim=True) if n_channels == 1 else kernel
+    )
+
+
 def test_imagenet_weights_without_a_download(caplog: pytest.LogCaptureFixture) -> None:
     student = build_student("efficientnet-lite0")
     weights = efficientnet_lite0_weights()

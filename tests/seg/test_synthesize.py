@@ -319,6 +319,7 @@ def test_an_exchanged_model_is_refused(made: Path) -> None:
     [
         ({"n_images": -1}, ValueError, "n_images=-1 must be 0 to 3000"),
         ({"n_images": 3001}, ValueError, "n_images=3001 must be 0 to 3000"),
+        ({"n_images": 2.5}, ValueError, r"n_images=2\.5 must be 0 to 3000, a whole number"),
         ({"n_steps": 0}, ValueError, "n_steps=0"), ({"batch_size": 0}, ValueError, "batch_size=0"),
         ({"ddim_steps": 1001}, ValueError, "ddim_steps=1001"), ({"ddim_steps": 300}, ValueError, r"ddim_steps=300 one of \[1, 2, 4,"), ({"seed": -1}, ValueError, "seed=-1"),
         ({"lr": 0.0}, ValueError, r"lr=0\.0"), ({"checkpoint_every": 0}, ValueError, "checkpoint_every=0"),

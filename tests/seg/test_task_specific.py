@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -139,6 +140,11 @@ def test_held_out_images_are_refused(options: Any, fields: list[Field], tmp_path
         ({"n_synthetic": 4000}, "n_synthetic=4000 must be 0 to 3000"),
         ({"finetuning": {"n_stepz": 3}}, r"finetuning has the option 'n_stepz': those of finetune are \['channel'"),
         ({"distillation": {"cache": "here"}}, "distillation has the option 'cache'"),
+        ({"adaptation": {"targets": "nope"}}, "targets='nope' match no linear layer"),
+        ({"adaptation": {"rank": 0}}, "rank=0"), ({"n_synthetic": 2, "synthesis": {"ddim_steps": 7}}, "ddim_steps=7"),
+        ({"distillation": {"n_steps": 0}}, "n_steps=0"), ({"distillation": {"n_views": 0}}, "n_views=0"),
+        ({"distillation": {"layers": {9: "block0"}}}, r"layers=\{9: 'block0'\}: the student has the layers 0 to 3"),
+        ({"distillation": {"layers": {0: "block9"}}}, "has no hidden features 'block9'"), ({"finetuning": {"lr": -1.0}}, "lr=-1.0"),
     ],
 )  # fmt: skip
 def test_bad_input_is_found_before_the_teacher_works(
@@ -158,6 +164,18 @@ def test_bad_input_is_found_before_the_teacher_works(
     coarse = replace(fields[2], um_per_px=1.0)
     with pytest.raises(ValueError, match="field 'nuclei2' has 1 um/px"):
         task_specific_distill(fields[:2], unlabelled=[coarse], **options(tmp_path))
+    assert calls == []
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("package", ["peft", "diffusers"])
+def test_missing_packages_are_found_before_the_teacher_works(
+    options: Any, fields: list[Field], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    calls = counted(monkeypatch)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=f"needs the package {package}"):
+        task_specific_distill(fields[:2], **options(tmp_path, n_synthetic=2))
     assert calls == []
     assert not list(tmp_path.iterdir())
 

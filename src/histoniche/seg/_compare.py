@@ -16,7 +16,7 @@ from histoniche._settings import settings
 
 from . import metrics
 from ._distill import distill, finetune
-from ._identity import check_disjoint, fingerprints
+from ._identity import check_disjoint, fields_in, fingerprints
 from ._pretrain import pretrain
 from ._segmenter import Segmenter
 from ._stages import Stages
@@ -36,6 +36,8 @@ ARMS = ("scratch", "imagenet", "mae", "mocov3", "task_agnostic_kd", "ts_kd")
 """Ways to start a student before it is trained on the labels."""
 _PRETRAINING = {"n_steps": 1000, "batch_size": 8}
 """The same for all ways, whose functions have defaults of their own."""
+_SHARED = {"channel", "patch_px", "student", "pretrained", "weights", "seed"}
+"""What makes ways comparable, or is what they differ in."""
 _DEFAULT_ARMS = tuple(arm for arm in ARMS if arm != "imagenet")
 
 
@@ -130,10 +132,18 @@ def compare(
     )
     check_options({f"finetuning_of[{arm!r}]": (finetune, options) for arm, options in of_arms.items()})
     check_options({"pretraining": (distill, pretraining)})
+    for name, options in {"pretraining": pretraining, "finetuning": finetuning, **of_arms}.items():
+        shared = sorted(_SHARED & set(options or {}))
+        if shared:
+            msg = f"{name} has the option {shared[0]!r}, which is the same for all ways: give it to compare itself, where it has it."
+            raise ValueError(msg)
     check_options({"pretraining": (pretrain, {k: v for k, v in (pretraining or {}).items() if k != "n_views"})})
     check_fields([*fields, *synthetic], [], [], channel, patch_px=patch_px, n_steps=1, batch_size=2)
     check_fields([], fields, test, channel, patch_px=patch_px, n_steps=1, batch_size=2)
-    check_disjoint([*fields, *synthetic], test)
+    among_options = [
+        item for options in (pretraining, finetuning, *of_arms.values()) for item in fields_in(options or {})
+    ]
+    check_disjoint([*fields, *synthetic, *among_options], test)
     grid = _Grid(
         fields, [*(item.without_labels() for item in fields), *synthetic], test, teacher, Path(folder),
         {"channel": channel, "patch_px": patch_px}, student, tuning, adaptation, {**_PRETRAINING, **(pretraining or {})},

@@ -44,12 +44,7 @@ def check_fields(
     -------
     The channels.
     """
-    if patch_px < _LEAST_PATCH or patch_px % _LEAST_PATCH or n_steps < 1 or batch_size < 2:
-        msg = (
-            f"patch_px={patch_px} must be a multiple of {_LEAST_PATCH}, n_steps={n_steps} at least 1, "
-            f"batch_size={batch_size} at least 2."
-        )
-        raise ValueError(msg)
+    check_batches(patch_px, n_steps, batch_size)
     every = [*taught, *labelled, *validation]
     if channel is None:
         if len(every[0].channels) != 1:
@@ -78,6 +73,16 @@ def check_fields(
             )
             raise ValueError(msg)
     return channels
+
+
+def check_batches(patch_px: int, n_steps: int, batch_size: int) -> None:
+    """Refuse patches that no student can take, and batches that no training can."""
+    if patch_px < _LEAST_PATCH or patch_px % _LEAST_PATCH or n_steps < 1 or batch_size < 2:
+        msg = (
+            f"patch_px={patch_px} must be a multiple of {_LEAST_PATCH}, n_steps={n_steps} at least 1, "
+            f"batch_size={batch_size} at least 2."
+        )
+        raise ValueError(msg)
 
 
 def check_schedule(

@@ -36,6 +36,8 @@ STUDENTS = {
     _LITE0: ("tf_efficientnet_lite0", 4.7),
 }
 """Names of students: model of timm, and millions of parameters as the papers, or its authors (ViT, Lite0), give them."""
+_KERNEL_NDIM = 4
+"""Dimensions of the kernel of a convolution of images."""
 
 
 def build_student(
@@ -183,8 +185,10 @@ def _check_loaded(encoder: nn.Module, path: Path, name: str) -> None:
     """Refuse a file that did not give the encoder its weights: timm passes over what does not fit."""
     stored = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     known = {tensor.float().numpy().tobytes() for tensor in stored.values() if isinstance(tensor, torch.Tensor)}
-    # The first layer is made to fit the number of channels, so it may differ from the file's.
-    kernels = [p.detach().float().numpy().tobytes() for p in encoder.parameters() if p.ndim > 1][1:]
+    several = [p.detach().float() for p in encoder.parameters() if p.ndim > 1]
+    # The first convolution is made to fit the number of channels, so it may differ from the file's.
+    first = next(i for i, parameter in enumerate(several) if parameter.ndim == _KERNEL_NDIM)
+    kernels = [parameter.numpy().tobytes() for i, parameter in enumerate(several) if i != first]
     found = sum(kernel in known for kernel in kernels)
     if found < len(kernels):
         msg = (

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from histoniche._settings import settings
 
+from ._access import need_package
 from ._copies import COMPARED_PX, QUANTILE, SHARE, copy_ratios, draw, is_flat, patch_grid, real_ratios, reduced
 from ._diffusion import NOISE_STEPS, Diffusion
 from ._fields import Field, pixels_digest
@@ -106,11 +107,12 @@ def synthesize(
     (prediction of the velocity); Liang et al., arXiv 2503.06976 (synthetic transfer sets).
     """
     fields = list(fields)
-    names = _check_fields(fields, channels, size_px)
-    _check_settings(
-        n_images=n_images, n_steps=n_steps, batch_size=batch_size, ddim_steps=ddim_steps,
-        checkpoint_every=checkpoint_every, lr=lr, seed=seed,
+    names = check_synthesis(
+        fields, channels=channels, size_px=size_px, n_images=n_images, n_steps=n_steps, batch_size=batch_size,
+        ddim_steps=ddim_steps, checkpoint_every=checkpoint_every, lr=lr, seed=seed,
     )  # fmt: skip
+    if n_images == 0:
+        return []
     if model is None:
         diffusion = Diffusion(len(names), size_px, width=width, seed=seed)
     else:
@@ -119,8 +121,6 @@ def synthesize(
         msg = f"model={diffusion!r} does not make images of the channels {names} and size_px={size_px}."
         raise ValueError(msg)
     pixels = [np.round(item.read(names) * 255).astype(np.uint8) for item in fields]
-    if n_images == 0:
-        return []
     trained: dict[str, Any] = {"n_steps": int(n_steps), "batch_size": int(batch_size), "lr": float(lr)}
     trained["width"] = [int(w) for w in width]
     if model is not None:
@@ -269,6 +269,17 @@ def _warn(copies: dict[str, Any]) -> None:
     warnings.warn(text, UserWarning, stacklevel=3)
 
 
+def check_synthesis(
+    fields: Sequence[Field], *, channels: Sequence[str] | None, size_px: int, n_images: int, **schedule: Any
+) -> list[str]:
+    """Refuse what :func:`synthesize` would: fields, settings, a missing diffusers. Returns the channels to make."""
+    names = _check_fields(list(fields), channels, size_px)
+    _check_settings(n_images=n_images, **schedule)
+    if n_images:
+        need_package("diffusers", "diffusers", "the diffusion model")
+    return names
+
+
 def _check_fields(fields: list[Field], channels: Sequence[str] | None, size_px: int) -> list[str]:
     if not fields:
         msg = "synthesize was given no fields: there is nothing to learn from."
@@ -305,8 +316,8 @@ def _check_fields(fields: list[Field], channels: Sequence[str] | None, size_px: 
 def _check_settings(
     *, n_images: int, n_steps: int, batch_size: int, ddim_steps: int, checkpoint_every: int, lr: float, seed: int
 ) -> None:
-    if not 0 <= n_images <= MOST_IMAGES:
-        msg = f"n_images={n_images} must be 0 to {MOST_IMAGES}."
+    if not isinstance(n_images, int | np.integer) or not 0 <= n_images <= MOST_IMAGES:
+        msg = f"n_images={n_images} must be 0 to {MOST_IMAGES}, a whole number."
         raise ValueError(msg)
     if min(n_steps, batch_size, checkpoint_every) < 1 or ddim_steps not in _DDIM_STEPS or seed < 0 or not lr > 0:
         msg = (

@@ -7,14 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ._alignment import check_alignment
 from ._distill import distill, finetune
 from ._identity import check_disjoint, fields_in, fingerprints
 from ._segmenter import Segmenter
 from ._stages import Stages
-from ._start import check_fields, start_student
-from ._synthesize import MOST_IMAGES, synthesize
+from ._start import check_batches, check_fields, check_schedule, start_student
+from ._synthesize import MOST_IMAGES, check_synthesis, synthesize
 from .teachers import SemanticTeacher, tune
-from .teachers._lora import finetune_lora
+from .teachers._lora import check_lora, finetune_lora, target_layers
 
 if TYPE_CHECKING:
     from ._fields import Field
@@ -120,39 +121,30 @@ def task_specific_distill(
     check_disjoint([*labelled, *unlabelled, *among_options], held_out)
     images = [item.without_labels() for item in [*labelled, *unlabelled]]
     channels = check_fields(images, labelled, [], channel, patch_px=patch_px, n_steps=1, batch_size=2)
+    common = {"channel": channel, "patch_px": patch_px, "seed": seed}
+    adapting = {"patch_px": patch_px, "seed": seed, **(adaptation or {})}
+    making = {"n_images": n_synthetic, "size_px": patch_px, "seed": seed, **(synthesis or {})}
+    teaching = {**common, "student": student, "pretrained": pretrained, **THIRD_STAGE, **(distillation or {})}
+    ending = {**common, **FOURTH_STAGE, **(finetuning or {})}
     stages = Stages(Path(folder))
     if not (stages.folder / "distilled").exists():
-        options = {"student": student, "pretrained": pretrained, "weights": None, **(distillation or {})}
-        chosen = {name: options[name] for name in ("student", "pretrained", "weights")}
-        start_student(
-            channels=channels, um_per_px=images[0].um_per_px, seed=seed, **chosen
-        )  # what cannot be had, at once
+        _check_stages(labelled, images, teacher, channels, adapting=adapting, making=making, teaching=teaching)
+    _check_training(finetune, ending)
     adapted = adapt_teacher(
         labelled, teacher, stages, tuning=tuning, adaptation=adaptation, patch_px=patch_px, seed=seed
     )
-    synthetic = (
-        synthesize(
-            images, folder=stages.folder / "synthetic", **{
-                "n_images": n_synthetic, "size_px": patch_px, "seed": seed, **(synthesis or {}),
-            },
-        )
-        if n_synthetic
-        else []
-    )  # fmt: skip
+    synthetic = synthesize(images, folder=stages.folder / "synthetic", **making) if n_synthetic else []
     check_disjoint(synthetic, held_out)
-    common = {"channel": channel, "patch_px": patch_px, "seed": seed}
-    options = {**common, "student": student, "pretrained": pretrained, **THIRD_STAGE, **(distillation or {})}
     transfer = [*images, *synthetic]
-    described = {"teacher": adapted.fingerprint, "fields": fingerprints(transfer), **_described(options)}
+    described = {"teacher": adapted.fingerprint, "fields": fingerprints(transfer), **_described(teaching)}
     distilled = stages.run(
         "distilled", described, Segmenter.load, Segmenter.save,
-        lambda state: distill(transfer, teacher=adapted, cache=stages.folder / "outputs", checkpoint=state, **options),
+        lambda state: distill(transfer, teacher=adapted, cache=stages.folder / "outputs", checkpoint=state, **teaching),
     )  # fmt: skip
-    options = {**common, **FOURTH_STAGE, **(finetuning or {})}
-    described = {"student": distilled.digest, "fields": fingerprints(labelled), **_described(options)}
+    described = {"student": distilled.digest, "fields": fingerprints(labelled), **_described(ending)}
     return stages.run(
         "student", described, Segmenter.load, Segmenter.save,
-        lambda state: finetune(labelled, student=distilled, checkpoint=state, **options),
+        lambda state: finetune(labelled, student=distilled, checkpoint=state, **ending),
     )  # fmt: skip
 
 
@@ -181,6 +173,52 @@ def adapt_teacher(
         lambda path: SemanticTeacher.load(path, teacher=teacher), SemanticTeacher.save,
         lambda state: finetune_lora(labelled, teacher=tuned, checkpoint=state, **options),
     )  # fmt: skip
+
+
+def _check_stages(
+    labelled: Sequence[Field],
+    images: Sequence[Field],
+    teacher: PromptedTeacher,
+    channels: list[str],
+    *,
+    adapting: Options,
+    making: Options,
+    teaching: Options,
+) -> None:
+    """Refuse at once what stages would refuse after those before them have run: settings, packages, weights, grids."""
+    if adapting.get("n_steps") != 0:
+        given = _with_defaults(finetune_lora, adapting)
+        target_layers(teacher, given["targets"])
+        check_lora(labelled, **_those_of(check_lora, given))
+    if making["n_images"]:
+        given = _with_defaults(synthesize, making)
+        check_synthesis(images, **_those_of(synthesize, given, but=("folder", "width", "model")))
+    given = _check_training(distill, teaching)
+    student = start_student(
+        given["student"], channels, images[0].um_per_px, pretrained=given["pretrained"], weights=given["weights"],
+        seed=given["seed"],
+    )  # fmt: skip
+    if "hidden" in given["terms"]:
+        check_alignment(student, teacher, layers=given["layers"], patch_px=given["patch_px"])
+
+
+def _check_training(function: Callable[..., Any], options: Options) -> dict[str, Any]:
+    """Refuse a schedule out of range; return all settings."""
+    given = _with_defaults(function, options)
+    check_batches(given["patch_px"], given["n_steps"], given["batch_size"])
+    check_schedule(**_those_of(check_schedule, given))
+    return given
+
+
+def _those_of(function: Callable[..., Any], given: Options, but: Sequence[str] = ()) -> dict[str, Any]:
+    """Settings that a function has, too."""
+    names = inspect.signature(function).parameters
+    return {name: value for name, value in given.items() if name in names and name not in but}
+
+
+def _with_defaults(function: Callable[..., Any], options: Options) -> dict[str, Any]:
+    parameters = inspect.signature(function).parameters.values()
+    return {**{p.name: p.default for p in parameters if p.default is not p.empty}, **options}
 
 
 def check_options(given: Mapping[str, tuple[Callable[..., Any], Options | None]]) -> None:

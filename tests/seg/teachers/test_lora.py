@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from histoniche._random import isolated_rng
 from histoniche.seg import Field, finetune_lora
 from histoniche.seg.teachers import LiteMedSAM, PromptedTeacher, Prompts, SemanticTeacher, tune
-from histoniche.seg.teachers._lora import _adapted
+from histoniche.seg.teachers._lora import _adapted, target_layers
 from histoniche.seg.teachers._sam import digest
 
 
@@ -194,12 +194,28 @@ def test_litemedsam_with_its_own_decoder() -> None:
     assert output.features["block3"].shape == (320, 64, 64)
 
 
+def test_only_linear_layers_of_the_encoder_are_adapted() -> None:
+    teacher = LiteMedSAM(["DAPI"])
+    found = target_layers(teacher, r"image_encoder\.layers\.3\..*")
+    linear = {name for name, layer in teacher.module.named_modules() if isinstance(layer, torch.nn.Linear)}
+    assert found
+    assert set(found) <= linear
+    everything = [name for name, _ in teacher.module.named_modules() if name.startswith("image_encoder.layers.3.")]
+    assert len(found) < len(everything)
+    with pytest.raises(
+        ValueError, match=r"layers outside the image encoder \(image_encoder\) of 'litemedsam', such as 'mask_decoder"
+    ):
+        target_layers(teacher, r"mask_decoder\..*q_proj")
+
+
 def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
     item = blobs(0)
     with pytest.raises(
         ValueError, match=r"targets='attn\.q' match no linear layer of 'tiny'; it has 2, such as \['attn\.qkv'"
     ):
         finetune_lora([item], teacher=Tiny(), targets=r"attn.q", **SHORT)
+    with pytest.raises(ValueError, match=r"targets='\(' is no regular expression: missing \)"):
+        finetune_lora([item], teacher=Tiny(), targets="(", **SHORT)
     with pytest.raises(ValueError, match="given 0 fields"):
         finetune_lora([], teacher=Tiny(), **SHORT)
     with pytest.raises(ValueError, match="rank=0"):

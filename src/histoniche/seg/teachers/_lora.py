@@ -107,15 +107,10 @@ def finetune_lora(
     arXiv 2503.06976.
     """
     fields = list(fields)
-    if not fields or min(rank, n_steps, batch_size, patch_px) < 1:
-        msg = (
-            f"finetune_lora was given {len(fields)} fields, rank={rank}, n_steps={n_steps}, batch_size={batch_size}, "
-            f"patch_px={patch_px}: all must be at least 1."
-        )
-        raise ValueError(msg)
-    if not (alpha is None or alpha > 0) or not lr > 0 or checkpoint_every < 1 or seed < 0:
-        msg = f"alpha={alpha} and lr={lr} must be positive, checkpoint_every={checkpoint_every} at least 1, seed={seed} 0 or more."
-        raise ValueError(msg)
+    check_lora(
+        fields, rank=rank, alpha=alpha, n_steps=n_steps, batch_size=batch_size, patch_px=patch_px, lr=lr,
+        checkpoint_every=checkpoint_every, seed=seed,
+    )  # fmt: skip
     start = teacher if isinstance(teacher, SemanticTeacher) else None
     if start is not None and start.adapter is not None:
         msg = f"The teacher {start.name!r} has adapters already: pass the teacher that it was made of."
@@ -141,6 +136,31 @@ def finetune_lora(
     adapted = SemanticTeacher(base, head, kind=kind, adapter=adapter)
     adapted.history = history
     return adapted
+
+
+def check_lora(
+    fields: Sequence[Field],
+    *,
+    rank: int,
+    alpha: float | None,
+    n_steps: int,
+    batch_size: int,
+    patch_px: int,
+    lr: float,
+    checkpoint_every: int,
+    seed: int,
+) -> None:
+    """Refuse settings of :func:`finetune_lora` out of range, and a missing peft."""
+    if not fields or min(rank, n_steps, batch_size, patch_px) < 1:
+        msg = (
+            f"finetune_lora was given {len(fields)} fields, rank={rank}, n_steps={n_steps}, batch_size={batch_size}, "
+            f"patch_px={patch_px}: all must be at least 1."
+        )
+        raise ValueError(msg)
+    if not (alpha is None or alpha > 0) or not lr > 0 or checkpoint_every < 1 or seed < 0:
+        msg = f"alpha={alpha} and lr={lr} must be positive, checkpoint_every={checkpoint_every} at least 1, seed={seed} 0 or more."
+        raise ValueError(msg)
+    need_package("peft", "peft", "LoRA")
 
 
 class _Adapted(nn.Module):
@@ -193,20 +213,60 @@ def _adapted(
 ) -> tuple[PromptedTeacher, Any]:
     """Copy of a teacher with adapters that do nothing yet, and the model of peft that holds them."""
     peft = need_package("peft", "peft", "LoRA")
+    base = copy.copy(teacher)
+    sha = weights_digest(teacher.module)
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=target_layers(teacher, targets), lora_dropout=0.0, bias="none"
+    )
+    with isolated_rng(seed):
+        adapter = peft.get_peft_model(copy.deepcopy(teacher.module), config)
+    return _around(base, adapter, sha), adapter
+
+
+def target_layers(teacher: PromptedTeacher, targets: str | None) -> list[str]:
+    """Names of the linear layers of a teacher's image encoder that are adapted.
+
+    Parameters
+    ----------
+    teacher
+        The teacher.
+    targets
+        Regular expression of whole names; by default the teacher's own.
+
+    Returns
+    -------
+    Names, as the network lists them.
+
+    Raises
+    ------
+    ValueError
+        No regular expression, none that matches a layer, or one that matches a layer outside the image encoder, which is all that
+        the trained decoder sees.
+    """
     pattern = teacher.lora_targets if targets is None else targets
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        msg = f"targets={pattern!r} is no regular expression: {error}."
+        raise ValueError(msg) from error
+    names = {id(module): name for name, module in teacher.module.named_modules()}
+    encoders = {names[id(block)].split(".")[0] for block in teacher.blocks()}
     layers = [name for name, module in teacher.module.named_modules() if isinstance(module, nn.Linear)]
-    if not any(re.fullmatch(pattern, name) for name in layers):
+    found = [name for name in layers if expression.fullmatch(name)]
+    if not found:
         msg = (
             f"targets={pattern!r} match no linear layer of {teacher.name!r}; it has {len(layers)}, such as {layers[:3]}. The "
             "expression must match the whole name."
         )
         raise ValueError(msg)
-    base = copy.copy(teacher)
-    sha = weights_digest(teacher.module)
-    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern, lora_dropout=0.0, bias="none")
-    with isolated_rng(seed):
-        adapter = peft.get_peft_model(copy.deepcopy(teacher.module), config)
-    return _around(base, adapter, sha), adapter
+    outside = [name for name in found if encoders and name.split(".")[0] not in encoders]
+    if outside:
+        msg = (
+            f"targets={pattern!r} match {len(outside)} layers outside the image encoder ({', '.join(sorted(encoders))}) of "
+            f"{teacher.name!r}, such as {outside[0]!r}, which would learn nothing: only the encoder is adapted, a decoder is trained whole."
+        )
+        raise ValueError(msg)
+    return found
 
 
 def _around(base: PromptedTeacher, adapter: Any, sha: str) -> PromptedTeacher:
