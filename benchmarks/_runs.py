@@ -28,7 +28,7 @@ def read_runs(path: Path, digest: str) -> pd.DataFrame | None:
     """Runs made with these settings, one a row; None where there are none."""
     if not path.exists():
         return None
-    runs = pd.read_csv(path)
+    runs = pd.read_csv(path, dtype={"made_with": str})
     runs = runs[runs["made_with"] == digest]
     return runs if len(runs) else None
 

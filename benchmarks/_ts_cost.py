@@ -34,9 +34,9 @@ def _field(seed: int) -> seg.Field:
     return seg.Field(f"field{seed}", image[None].astype(np.uint8), ("DNA",), labels)
 
 
-def _calls(settings_of: dict[str, Any], *, large: bool) -> dict[str, Callable[[int], object]]:
+def _calls(settings_of: dict[str, Any], *, large: str | None) -> dict[str, Callable[[int], object]]:
     """What runs each stage for some steps."""
-    teacher = seg.teachers.SAM(["DNA"], model="vit_b") if large else seg.teachers.LiteMedSAM(["DNA"])
+    teacher = seg.teachers.SAM(["DNA"], model=large) if large else seg.teachers.LiteMedSAM(["DNA"])
     fields = [_field(seed) for seed in range(2)]
     student = {"student": "vit-tiny", "pretrained": False, "channel": "DNA", "patch_px": PATCH}
     batch = {stage: {"batch_size": options["batch_size"]} for stage, options in settings_of.items()}
@@ -64,7 +64,7 @@ def _calls(settings_of: dict[str, Any], *, large: bool) -> dict[str, Callable[[i
     }  # fmt: skip
 
 
-def stage_cost(stage: str, settings_of: dict[str, Any], *, large: bool) -> dict[str, Any]:
+def stage_cost(stage: str, settings_of: dict[str, Any], *, large: str | None) -> dict[str, Any]:
     """Seconds of a step and peak memory of a stage; without a GPU called in a fresh process."""
     settings.progress = False
     on_gpu = torch.cuda.is_available()
@@ -89,7 +89,7 @@ def stage_cost(stage: str, settings_of: dict[str, Any], *, large: bool) -> dict[
     }  # fmt: skip
 
 
-def measure(out: Path, settings_of: dict[str, Any], *, large: bool) -> None:
+def measure(out: Path, settings_of: dict[str, Any], *, large: str | None) -> None:
     """Measure all stages and write ``cost.csv``, or ``cost_gpu.csv``."""
     on_gpu = torch.cuda.is_available()
     rows = []

@@ -27,7 +27,6 @@ _FLAT = {"mocov3": "moco", "hausdorff95": "hd95"}
 
 RUN = ["task", "n_labelled", "arm", "seed"]
 MADE = [*RUN, "device"]
-RUNS = "seg_ts_kd/runs.csv"
 
 
 def without_stale(runs: pd.DataFrame) -> pd.DataFrame:
@@ -36,10 +35,17 @@ def without_stale(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def on_one_device(runs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Every run once, from the device with the most of them where there is a choice; and those made again elsewhere."""
-    by_device = runs["device"].map(runs["device"].value_counts())
-    again = runs.loc[by_device.sort_values(ascending=False, kind="stable").index].duplicated(RUN).reindex(runs.index)
-    return runs[~again], runs[again]
+    """Of each task and number of labels the runs of one device; and all others.
+
+    It is the device with the most ways, then the most runs of them, then of all.
+    """
+    count = runs.groupby([*RUN[:2], "device"])["arm"].agg(["nunique", "size"]).reset_index()
+    count["total"] = count["device"].map(runs["device"].value_counts())
+    best = count.sort_values(["nunique", "size", "total"], ascending=False).drop_duplicates(RUN[:2])
+    shown = (
+        runs.merge(best[[*RUN[:2], "device"]], how="left", on=[*RUN[:2], "device"], indicator=True)["_merge"] == "both"
+    )
+    return runs[shown.to_numpy()], runs[~shown.to_numpy()]
 
 
 def complete(runs: pd.DataFrame) -> pd.DataFrame:
@@ -109,22 +115,24 @@ def _repeats(runs: pd.DataFrame, again: pd.DataFrame) -> list[str]:
         "## The same draws on another device", "", "Dice of each draw of labels; settings and seeds are the same, rounding is not.", "",
         "| task | labelled | seed | device | " + " | ".join(ARMS.values()) + " |", "|---" * (4 + len(ARMS)) + "|",
     ]  # fmt: skip
-    for (task, n, seed), rows in both.groupby(RUN[:2] + RUN[3:]):
-        for end in ("", "_again"):
+    for (task, n, seed), draws in both.groupby([*RUN[:2], RUN[3]]):
+        devices = [("", draws["device"].iloc[0], draws.drop_duplicates("arm"))]
+        devices += [("_again", device, rows) for device, rows in draws.groupby("device_again")]
+        for end, device, rows in devices:
             dice = rows.set_index("arm")[f"dice{end}"]
             values = " | ".join(f"{dice[arm]:.3f}" if arm in dice else "" for arm in ARMS)
-            lines.append(f"| {NAMES[task].split(':')[0]} | {n} | {seed} | {rows[f'device{end}'].iloc[0]} | {values} |")
+            lines.append(f"| {NAMES[task].split(':')[0]} | {n} | {seed} | {device} | {values} |")
     return [*lines, ""]
 
 
 def _ablation(table: pd.DataFrame) -> list[str]:
     lines = [
-        "## Ablations of TS-KD", "", f"BBBC038, 4 labelled images, one seed, on {' and '.join(table['device'].unique())}. Rank 0 is no LoRA: only a decoder is trained.", "",
-        "| rank of LoRA | its steps | unlabelled images | synthetic images | Dice | Hausdorff 95 | nothing found |", "|---|---|---|---|---|---|---|",
+        "## Ablations of TS-KD", "", "BBBC038, 4 labelled images, one seed. Rank 0 is no LoRA: only a decoder is trained.", "",
+        "| rank of LoRA | its steps | unlabelled images | synthetic images | device | Dice | Hausdorff 95 | nothing found |", "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for _, row in table.iterrows():
         lines.append(
-            f"| {row['rank']:.0f} | {row['lora_steps']:.0f} | {row['unlabelled']:.0f} | {row['synthetic']:.0f} | {row['dice']:.3f} | {row['hausdorff95']:.1f} | "
+            f"| {row['rank']:.0f} | {row['lora_steps']:.0f} | {row['unlabelled']:.0f} | {row['synthetic']:.0f} | {row['device']} | {row['dice']:.3f} | {row['hausdorff95']:.1f} | "
             f"{row['missed']:.0%} |"
         )
     return [*lines, ""]
@@ -174,64 +182,97 @@ def _cost(table: pd.DataFrame) -> list[str]:
     return [*lines, ""]
 
 
-def _kept(table: pd.DataFrame | None, path: Path) -> pd.DataFrame | None:
-    """Keep a table in the docs; that of an earlier run, where there is no new one."""
-    if table is not None:
-        table.round(6).to_csv(path, index=False)
-        return table
-    return pd.read_csv(path) if path.exists() else None
+def _rates(table: pd.DataFrame) -> list[str]:
+    """Dice on validation fields by the rate of the last training, a table for each task."""
+    lines = [
+        "## Rate of the last training", "", "Dice on *validation* fields of the fewest labels, seed 0, by learning rate: what each way's was chosen from.", "",
+    ]  # fmt: skip
+    for task, rows in table.groupby("task"):
+        rates = sorted(rows["lr"].unique())
+        lines += [
+            f"{NAMES[task]}:",
+            "",
+            "| way | " + " | ".join(f"{lr:g}" for lr in rates) + " |",
+            "|---" * (len(rates) + 1) + "|",
+        ]
+        for arm, name in ARMS.items():
+            dice = rows[rows["arm"] == arm].set_index("lr")["dice"].reindex(rates)
+            lines.append(f"| {name} | " + " | ".join(f"{value:.3f}".replace("nan", "") for value in dice) + " |")
+        lines.append("")
+    return lines
+
+
+_SAME = {
+    "ablation": ["rank", "unlabelled", "synthetic", "lora_steps", "device"], "schedules": ["task", "arm", "n_steps", "lr"],
+    "rates": ["task", "arm", "n_steps", "lr"], "cost": ["stage", "device"],
+}  # fmt: skip
+"""What makes two rows of a table the same measurement."""
+
+
+def _kept(name: str, table: pd.DataFrame | None, folder: Path, current: str) -> pd.DataFrame | None:
+    """Keep a table in the docs; rows of earlier runs stay where they were not measured anew, with the same settings if they say which."""
+    path = folder / f"{name}.csv"
+    tables = [table] if table is not None else []
+    tables += [pd.read_csv(path, dtype={"made_with": str})] if path.exists() else []
+    if not tables:
+        return None
+    kept = pd.concat(tables, ignore_index=True).drop_duplicates(_SAME[name])
+    if "made_with" in kept:
+        kept = kept[kept["made_with"] == current]
+    kept.round(6).to_csv(path, index=False)
+    return kept if len(kept) else None
 
 
 def write(
     runs: pd.DataFrame,
     docs: Path,
+    page: str,
     *,
     settings: dict[str, Any],
-    ablation: pd.DataFrame | None,
     digest_of: Callable[[str, str], str],
-    schedules: pd.DataFrame | None,
-    cost: pd.DataFrame | None,
+    **tables: pd.DataFrame | None,
 ) -> None:
-    """Write page, figures and pictures from whatever runs there are."""
-    folder = docs / "seg_ts_kd"
+    """Write page, figures and pictures from whatever runs and tables (ablation, schedules, rates, cost) there are."""
+    folder = docs / page
+    folder.mkdir(exist_ok=True)
     runs = runs.assign(current=[row.made_with == digest_of(row.task, row.arm) for row in runs.itertuples()])
-    kept = keep_runs(without_stale(runs).drop(columns="current"), docs / RUNS, MADE)
+    kept = keep_runs(without_stale(runs).drop(columns="current"), folder / "runs.csv", MADE)
     kept = kept.assign(current=[row.made_with == digest_of(row.task, row.arm) for row in kept.itertuples()])
     runs, again = on_one_device(kept)
     runs = complete(runs)
-    ablation, schedules, cost = (
-        _kept(part, folder / f"{name}.csv")
-        for name, part in (("ablation", ablation), ("schedules", schedules), ("cost", cost))
-    )
+    ablated = digest_of("bbbc038", "ts_kd")
+    ablation, schedules, rates, cost = (_kept(name, tables[name], folder, ablated) for name in _SAME)
     table = summary(runs)
     lines = [
         "# Task-specific distillation with few labels", "",
-        "Made by `python benchmarks/seg_ts_kd.py DATA --out RUNS --seeds 0 1 2 --every-number --jobs 16`; without the last three options, one draw "
+        f"Command: `python benchmarks/seg_ts_kd.py DATA --out RUNS --seeds 0 1 2 --every-number --jobs 16{' --large' if page.endswith('large') else ''}`; without the last three options, one draw "
         "of the fewest labels, for two cores. Student: ViT-Tiny under a light DPT, random weights at the start. Every way has "
         "the same labels, augmentation and last training, at a rate of its own; those that pretrain do so for equally many steps of equally large "
-        "batches on the same images, each at the learning rate that its function has by default. Teacher: LiteMedSAM, for TS-KD adapted with the "
+        "batches on the same images, each at the learning rate that its function has by default. Teacher: " + ("SAM" if page.endswith("large") else "LiteMedSAM") + ", for TS-KD adapted with the "
         "labels of the run (where adaptation has no steps: a new decoder, no LoRA). Mean ± SD over seeds, each of which draws labels, weights and "
         "patches; measured on held-out fields, Hausdorff 95 in px, or um where um/px is known. Runs by device: "
         + ", ".join(f"{device} {n}" for device, n in runs["device"].value_counts().items())
-        + " (float32 where nothing else is said). Numbers of labels that not every way was run with are left out; `seg_ts_kd/runs.csv` has them."
+        + f" (float32 where nothing else is said). Numbers of labels that not every way was run with are left out; `{page}/runs.csv` has them."
         + ("" if table["current"].all() else " † made with earlier settings, of which the reading tells; not to be compared with those without."), "",
         "Settings: " + "; ".join(f"{stage} {options}" for stage, options in settings.items()) + ".", "",
-        "What it shows, and what it does not: {doc}`seg_ts_kd_reading`.", "",
+        "How the runs came about, what they show and what they do not: {doc}`seg_ts_kd_reading`.", "",
     ]  # fmt: skip
     for task, rows in table.groupby("task"):
         picture = folder / f"{task}.png"
         hn.pl.label_efficiency(runs[runs["task"] == task], save=picture)
-        lines += [f"## {NAMES[task]}", "", *_table(rows), "", f"![{task}](seg_ts_kd/{picture.name})", ""]
+        lines += [f"## {NAMES[task]}", "", *_table(rows), "", f"![{task}]({page}/{picture.name})", ""]
     if len(again):
         lines += _repeats(runs, again)
     if ablation is not None:
         lines += _ablation(ablation)
     if schedules is not None:
         lines += _schedules(schedules)
+    if rates is not None:
+        lines += _rates(rates)
     if cost is not None:
         lines += _cost(cost)
-    (docs / "seg_ts_kd.md").write_text("\n".join(lines), encoding="utf-8")
+    (docs / f"{page}.md").write_text("\n".join(lines), encoding="utf-8")
     figures = flat(table)
     figures |= {} if schedules is None else flat_schedules(schedules)
     figures |= {} if cost is None else flat_cost(cost)
-    (docs / "seg_ts_kd.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    (docs / f"{page}.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

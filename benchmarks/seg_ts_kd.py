@@ -12,8 +12,9 @@ each task, the second three draws of every number. Several processes share a GPU
 RUNS, so that a benchmark that was stopped goes on. Writes ``docs/benchmarks/seg_ts_kd.{md,json}``, its pictures and the figures of
 every run, ``seg_ts_kd/runs.csv``, from whatever runs are there. Runs of that file that were not made again stay, and are marked
 where their settings were others; with ``--resume`` those made with the same settings are not repeated. ``--validation`` measures on
-validation fields instead, to choose settings on, and writes no page. ``--large`` is a configuration for SAM ViT-B, whose weights
-are asked for at the hub: long schedules, 3000 synthetic images.
+validation fields instead, to choose settings on, and of the page writes the rates alone. ``--large [vit_h]`` is a configuration for
+SAM, whose weights are asked for at the hub: long schedules, LoRA, 3000 synthetic images; it wants a folder RUNS of its own, and
+has a page of its own, ``seg_ts_kd_large``.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import torch
 from _runs import device_name, made_with
 from _ts_cost import measure as measure_stages
 from _ts_data import N_LABELLED, PATCH, TASKS, VIEWS
-from _ts_page import RUN, RUNS, write
+from _ts_page import RUN, write
 
 from histoniche import seg, settings
 from histoniche.seg._compare import drawn, measure_mask
@@ -86,7 +87,7 @@ SCHEDULES = (0.25, 1, 4)
 """Lengths of the last training, in those of the settings, for every way: what a rival would gain by patience."""
 
 
-def options_of(task: Task, n_labelled: int, *, large: bool) -> dict[str, Any]:
+def options_of(task: Task, n_labelled: int, *, large: str | None) -> dict[str, Any]:
     """Settings of the stages for a task and a number of labelled fields."""
     options = LARGE if large else SMALL
     views = {"tuning": max(1, TUNING_VIEWS // n_labelled), "pretraining": task.n_views}
@@ -104,9 +105,9 @@ def task_of(name: str, data: Path) -> Task:
 
 
 @cache
-def teacher_of(channels: tuple[str, ...], *, large: bool) -> seg.teachers.PromptedTeacher:
+def teacher_of(channels: tuple[str, ...], *, large: str | None) -> seg.teachers.PromptedTeacher:
     """The teacher, loaded once in a process."""
-    return seg.teachers.SAM(channels, model="vit_b") if large else seg.teachers.LiteMedSAM(channels)
+    return seg.teachers.SAM(channels, model=large) if large else seg.teachers.LiteMedSAM(channels)
 
 
 def synthetic_fields(name: str, data: Path, out: Path, **options: Any) -> list[seg.Field]:
@@ -115,7 +116,7 @@ def synthetic_fields(name: str, data: Path, out: Path, **options: Any) -> list[s
     return seg.synthesize(images, folder=out / name / "synthetic", size_px=PATCH, **options)
 
 
-def ablate(data: Path, out: Path, *, part: str, large: bool) -> None:
+def ablate(data: Path, out: Path, *, part: str, large: str | None) -> None:
     """Vary one thing at a time: rank, unlabelled fields, synthetic images. Each measured is a line of a table."""
     settings.progress, settings.precision = False, PRECISION
     task, on_gpu = task_of(ABLATED, data), large or torch.cuda.is_available()
@@ -139,7 +140,8 @@ def ablate(data: Path, out: Path, *, part: str, large: bool) -> None:
             finetuning={**options["finetuning"], **options["finetuning_of"].get("ts_kd", {})},
         )  # fmt: skip
         row = {"rank": rank, "unlabelled": n_unlabelled, "synthetic": n_synthetic, "device": device_name()}
-        rows.append({**row, "lora_steps": lora["n_steps"] if rank else 0, **measure_mask(student, task.held_out[part])})
+        row |= {"lora_steps": lora["n_steps"] if rank else 0, "made_with": digest(ABLATED, "ts_kd", large=large)}
+        rows.append({**row, **measure_mask(student, task.held_out[part])})
         print(rows[-1], flush=True)
         pd.DataFrame(rows).to_csv(out / f"ablation.{part}.csv", index=False)
 
@@ -151,7 +153,7 @@ def vary_last_training(
     path: Path,
     *,
     part: str,
-    large: bool,
+    large: str | None,
     lengths: Sequence[float],
     rates: Sequence[float],
 ) -> None:
@@ -168,6 +170,10 @@ def vary_last_training(
     done = {(row["arm"], row["n_steps"], row["lr"]) for row in kept}
     starts = {arm: folder / f"{arm}-0" / "pretrained" for arm in ARMS}
     starts |= {"ts_kd": folder / f"ts_kd-{n_labelled}-0" / "distilled"}
+    missing = [str(starts[arm]) for arm in ARMS if arm != "scratch" and not starts[arm].exists()]
+    if missing:
+        msg = f"{missing[0]} is missing: run the comparison of {name} with this RUNS first, without further options."
+        raise FileNotFoundError(msg)
     for length, arm in product(lengths, ARMS):
         own = {**options["finetuning"], **options["finetuning_of"].get(arm, {})}
         n_steps = round(length * own["n_steps"])
@@ -185,13 +191,20 @@ def vary_last_training(
             pd.DataFrame(kept).to_csv(path, index=False)
 
 
-def digest(task: str, arm: str, *, large: bool) -> str:
+def digest(task: str, arm: str, *, large: str | None) -> str:
     """What tells a run of a way on a task, made with these settings, from those of others."""
     options = LARGE if large else SMALL
     used = ["finetuning"] if arm == "scratch" else ["pretraining", "finetuning"]
     used += ["tuning", "adaptation"] if arm == "ts_kd" else []
     views = [VIEWS[task] if arm in {"task_agnostic_kd", "ts_kd"} else 0, TUNING_VIEWS if arm == "ts_kd" else 0]
-    shared = [PATCH, "calibrated DPT", "CHASE-DB1 whole", "kl_dice"]
+    shared = [
+        PATCH,
+        "calibrated DPT",
+        "CHASE-DB1 whole",
+        "kl_dice",
+        PRECISION,
+        f"SAM {large}" if large else "LiteMedSAM",
+    ]
     return made_with([options[stage] for stage in used], options["finetuning_of"].get(arm, {}), views, shared)
 
 
@@ -215,7 +228,7 @@ def jobs_of(names: Sequence[str], seeds: Sequence[int], kept: set[tuple[Any, ...
     return jobs
 
 
-def compare_one(job: Job, data: Path, out: Path, *, part: str, large: bool) -> None:
+def compare_one(job: Job, data: Path, out: Path, *, part: str, large: str | None) -> None:
     """Make the students of a job, and measure them."""
     settings.progress, settings.precision = False, PRECISION
     task = task_of(job.task, data)
@@ -233,7 +246,7 @@ def compare_one(job: Job, data: Path, out: Path, *, part: str, large: bool) -> N
 
 def read_tables(folder: Path, pattern: str) -> pd.DataFrame | None:
     """Tables of files, one below the other; None where there are none."""
-    tables = [pd.read_csv(path) for path in sorted(folder.glob(pattern))]
+    tables = [pd.read_csv(path, dtype={"made_with": str}) for path in sorted(folder.glob(pattern))]
     return pd.concat(tables, ignore_index=True) if tables else None
 
 
@@ -253,10 +266,14 @@ def main() -> None:
     parser.add_argument("--rates", action="store_true", help="last trainings at several rates, after the comparison")
     parser.add_argument("--cost", action="store_true", help="time and memory of each stage, instead of the comparison")
     parser.add_argument("--validation", action="store_true")
-    parser.add_argument("--large", action="store_true")
+    parser.add_argument(
+        "--large", nargs="?", const="vit_b", choices=["vit_b", "vit_l", "vit_h"], help="SAM as the teacher"
+    )
     parser.add_argument("--resume", action="store_true", help="do not repeat the runs of docs/benchmarks")
     args = parser.parse_args()
     part = "validation" if args.validation else "test"
+    settings.precision = PRECISION
+    page = "seg_ts_kd_large" if args.large else "seg_ts_kd"
     args.out.mkdir(parents=True, exist_ok=True)
     if args.ablations:
         ablate(args.data, args.out, part=part, large=args.large)
@@ -271,7 +288,8 @@ def main() -> None:
                     name, args.data, args.out, args.out / f"{kind}.{name}.{part}.csv", part=part, large=args.large,
                     lengths=lengths, rates=rates,
                 )  # fmt: skip
-    before = pd.read_csv(DOCS / RUNS) if (DOCS / RUNS).exists() else pd.DataFrame(columns=[*RUN, "made_with"])
+    before = read_tables(DOCS / page, "runs.csv")
+    before = pd.DataFrame(columns=[*RUN, "made_with"]) if before is None else before
     same = [row.made_with == digest(row.task, row.arm, large=args.large) for row in before.itertuples()]
     resumed = args.resume and part == "test"
     kept = set(before.loc[same if resumed else [], RUN].itertuples(index=False, name=None))
@@ -287,20 +305,23 @@ def main() -> None:
         for job in jobs:
             job.result()
     runs = read_tables(args.out, "*.test.*.csv")
-    if args.validation or (runs is None and before.empty):
+    if (args.validation and not args.rates) or (runs is None and before.empty):
         return
     more = {
         name: read_tables(args.out, pattern)
         for name, pattern in (
-            ("ablation", "ablation.test.csv"), ("schedules", "schedules.*.test.csv"), ("cost", "cost*.csv"),
+            ("ablation", "ablation.test.csv"), ("schedules", "schedules.*.test.csv"),
+            ("rates", "rates.*.validation.csv"), ("cost", "cost*.csv"),
         )
     }  # fmt: skip
     write(
-        before if runs is None else pd.concat([runs, before], ignore_index=True), DOCS,
+        before if runs is None else pd.concat([runs, before], ignore_index=True), DOCS, page,
         settings=LARGE if args.large else SMALL, digest_of=partial(digest, large=args.large), **more,
     )  # fmt: skip
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started
+        torch.set_num_threads(1)
     main()
