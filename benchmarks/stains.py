@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import _readers
 import anndata
+from xenium_pancreas import SYMMETRIES
 
 import histoniche as hn
 
@@ -41,7 +42,8 @@ def distil(sdata: SpatialData, title: str, at: int, arguments: argparse.Namespac
     hn.pp.virtual_he(sdata, image_key="morphology", cytoplasm=EOSIN[title])
     table = sdata["table"]
     hn.tl.histology_embedding(
-        sdata, image_key="virtual_he", encoder=ENCODER, mode="dense", key_added="stains", store=arguments.output / f"features_{at}.zarr",
+        sdata, image_key="virtual_he", encoder=ENCODER, mode="dense", symmetries=SYMMETRIES, key_added="stains",
+        store=arguments.output / f"features_{at}.zarr",
     )  # fmt: skip
     hn.tl.distill_niches(
         table,

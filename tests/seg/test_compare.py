@@ -92,6 +92,21 @@ def test_single_ways_may_have_a_last_training_of_their_own(
         run(fields, tmp_path / "own", **options)
 
 
+def test_imagenet_weights_are_a_way(
+    run: Any, fields: list[Field], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = noted_last_trainings(monkeypatch)
+    frame = run(fields, tmp_path, arms=["imagenet", "scratch"], n_labelled=[1], student="efficientnet-lite0")
+    assert frame["arm"].tolist() == ["imagenet", "scratch"]
+    assert [(call["student"], call["pretrained"]) for call in trained] == [
+        ("efficientnet-lite0", True), ("efficientnet-lite0", False),
+    ]  # fmt: skip
+    assert (
+        Segmenter.load(tmp_path / "imagenet-1-0" / "student").digest
+        != Segmenter.load(tmp_path / "scratch-1-0" / "student").digest
+    )
+
+
 def test_labels_are_nested_and_drawn_by_the_seed(fields: list[Field]) -> None:
     names = [[item.name for item in drawn(fields, n, 5)] for n in (1, 3, 6)]
     assert names[1][:1] == names[0]

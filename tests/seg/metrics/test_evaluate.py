@@ -32,6 +32,22 @@ def test_one_row_an_image(pair_of):
     assert pd.api.types.is_integer_dtype(table["n_true"])
 
 
+def test_only_a_region_is_measured(pair_of):
+    predicted, truth = pair_of(0)
+    region = np.zeros(truth.shape, dtype=bool)
+    region[:, : truth.shape[1] // 2] = True
+    inside = [np.where(region, image, 0) for image in (predicted, truth)]
+    table = evaluate([(predicted, truth), (predicted, truth)], regions=[region, None])
+    pd.testing.assert_frame_equal(table.iloc[:1], evaluate([inside]))
+    pd.testing.assert_series_equal(table.iloc[1], evaluate([(predicted, truth)]).iloc[0], check_names=False)
+    assert table["n_true"].iloc[0] < table["n_true"].iloc[1]
+    with pytest.raises(ValueError, match="regions has 1 entries for 2 pairs"):
+        evaluate([(predicted, truth)] * 2, regions=[region])
+    for wrong in (region[1:], region.astype(int)):
+        with pytest.raises(ValueError, match=r"Image '0': its region is .* a mask \(True, False\)"):
+            evaluate([(predicted, truth)], regions=[wrong])
+
+
 def test_an_empty_prediction_is_missed_and_counts():
     one, empty = np.zeros((30, 40), dtype=int), np.zeros((30, 40), dtype=int)
     one[5:9, 5:9] = 1

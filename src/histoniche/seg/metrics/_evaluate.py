@@ -23,6 +23,7 @@ def evaluate(
     pairs: Iterable[tuple[ArrayLike, ArrayLike]],
     *,
     names: Sequence[str] | None = None,
+    regions: Sequence[ArrayLike | None] | None = None,
     um_per_px: float | Sequence[float] = 1.0,
     tolerance_px: float = 2.0,
 ) -> pd.DataFrame:
@@ -37,6 +38,9 @@ def evaluate(
         Pairs of a predicted and a true label image, (y, x) integers, 0 being background; lazy ones are read in turn.
     names
         Name of each image, each just once; numbers from 0 by default.
+    regions
+        For each image a mask (y, x) of what is measured, such as the field of view of an eye's ground
+        (:attr:`histoniche.seg.Field.region`), or None for all of it. Outside it counts as background in both.
     um_per_px
         Size of a pixel in um, of all images or of each. With the default of 1, ``hausdorff95`` is in px.
     tolerance_px
@@ -55,7 +59,7 @@ def evaluate(
     TypeError
         No integers: floats, or masks, which do not tell objects apart. The message names the image.
     ValueError
-        No pair; shapes differ; a negative label; ``um_per_px`` or ``tolerance_px`` is out of range; ``names`` or
+        No pair; shapes differ; a negative label; ``um_per_px`` or ``tolerance_px`` is out of range; ``names``, ``regions`` or
         ``um_per_px`` are not one for each pair; a name twice.
     """
     check_tolerance(tolerance_px)
@@ -65,7 +69,8 @@ def evaluate(
         raise ValueError(msg)
     index = list(names) if names is not None else list(map(str, range(len(pairs))))
     scales = list(um_per_px) if isinstance(um_per_px, Sequence | np.ndarray) else [um_per_px] * len(pairs)
-    for label, values in (("names", index), ("um_per_px", scales)):
+    masks = [None] * len(pairs) if regions is None else list(regions)
+    for label, values in (("names", index), ("regions", masks), ("um_per_px", scales)):
         if len(values) != len(pairs):
             msg = f"{label} has {len(values)} entries for {len(pairs)} pairs; one for each is needed."
             raise ValueError(msg)
@@ -74,16 +79,20 @@ def evaluate(
         msg = f"names has {twice!r} more than once; every image needs a name of its own."
         raise ValueError(msg)
     rows = [
-        _measure(name, pair, um_per_px=scale, tolerance_px=tolerance_px)
-        for name, pair, scale in zip(index, pairs, scales, strict=True)
+        _measure(name, pair, region, um_per_px=scale, tolerance_px=tolerance_px)
+        for name, pair, region, scale in zip(index, pairs, masks, scales, strict=True)
     ]
     return pd.DataFrame(rows, index=pd.Index(index, name="image"))
 
 
-def _measure(name: str, pair: tuple[ArrayLike, ArrayLike], *, um_per_px: float, tolerance_px: float) -> dict[str, Any]:
+def _measure(
+    name: str, pair: tuple[ArrayLike, ArrayLike], region: ArrayLike | None, *, um_per_px: float, tolerance_px: float
+) -> dict[str, Any]:
     """All figures of one image; errors name it."""
     try:
         predicted, truth = (np.asarray(image) for image in pair)  # lazy arrays are read once
+        if region is not None:
+            predicted, truth = _within(np.asarray(region), predicted, truth)
         shared = overlaps(predicted, truth)
         half = shared.match(0.5)
         return {
@@ -100,3 +109,11 @@ def _measure(name: str, pair: tuple[ArrayLike, ArrayLike], *, um_per_px: float, 
     except (TypeError, ValueError) as error:
         msg = f"Image {name!r}: {error}"
         raise type(error)(msg) from error
+
+
+def _within(region: np.ndarray, *labels: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Label images with nothing outside a region."""
+    if region.dtype != bool or any(region.shape != image.shape for image in labels):
+        msg = f"its region is {region.dtype} of shape {region.shape}: a mask (True, False) of the image's shape is needed, {labels[0].shape}."
+        raise ValueError(msg)
+    return tuple(np.where(region, image, 0).astype(image.dtype) for image in labels)
