@@ -234,3 +234,44 @@ def test_a_student_sees_several_channels_in_order(fields: list[Field]) -> None:
     assert not np.allclose(maps, swapped)
     with pytest.raises(ValueError, match="several different ones"):
         finetune(fields[:2], n_steps=2, **{**SMALL, "channel": ["DAPI", "DAPI"]})
+
+
+def test_labels_that_no_term_learns_take_no_place_in_a_batch(fields: list[Field]) -> None:
+    unseen = {"terms": ("probability", "boundary"), "n_steps": 3, **SMALL}
+    alone = distill(fields[:2], teacher=Knowing(), **unseen)
+    judged = distill(fields[:2], teacher=Knowing(), labelled=fields[2:4], **unseen)
+    for name, tensor in alone.module.state_dict().items():
+        assert torch.equal(tensor, judged.module.state_dict()[name]), name
+
+
+def test_a_student_is_trained_on_and_measured_as_its_configuration_says(fields: list[Field]) -> None:
+    model = finetune(fields[:2], n_steps=2, **SMALL)
+    again = distill(fields[:2], teacher=Knowing(), n_steps=2, **{**SMALL, "student": model})
+    assert again.config.training["supervised steps"] == again.config.training["steps"] == 2
+    item = fields[4]
+    low, high = np.percentile(item.image[0], (0, 50))
+    limits = np.tile([low, high], (len(item.channels), 1)).astype(np.float32)
+    expected = model.predict_field(replace(item, limits=limits))
+    model.config.stretch = [0, 50]
+    np.testing.assert_allclose(model.predict_field(item), expected, atol=1e-6)
+    with pytest.raises(ValueError, match=r"percentiles \[0, 50\], training those between \[1.0, 99.8\]"):
+        finetune(fields[:2], n_steps=2, **{**SMALL, "student": model})
+
+
+def test_what_is_no_field_no_teacher_no_term(fields: list[Field]) -> None:
+    for given, message in (
+        (fields[0], r"fields is a single field: pass a list of them, \[nuclei0\]"), (["a"], "must be a list of hn.seg.Field, and holds str"),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match=message):
+            distill(given, teacher=Knowing(), n_steps=1, **SMALL)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=message):
+            finetune(given, n_steps=1, **SMALL)  # type: ignore[arg-type]
+    for teacher in (None, "vit_b", lambda _: None):
+        with pytest.raises(TypeError, match=r"is no teacher: pass one of hn\.seg\.teachers"):
+            distill(fields[:1], teacher=teacher, n_steps=1, **SMALL)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"terms=\['supervised'\] learn from labelled fields alone"):
+        distill(fields[:1], teacher=Knowing(), terms="supervised", n_steps=1, **SMALL)
+    with pytest.raises(TypeError, match="A Segmenter, or the folder of one, is needed, not Linear"):
+        Segmenter.load(torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"encoder 'mixer_b16_224' gives no maps that a decoder could read"):
+        finetune(fields[:1], n_steps=1, **{**SMALL, "student": "mixer_b16_224"})

@@ -22,6 +22,7 @@ def make(shape=(2, 40, 50), **changes):
         ({"image": np.zeros((2, 0, 4))}, ValueError, r"shape \(2, 0, 4\)"),
         ({"channels": ("DNA",)}, ValueError, r"2 channels are named \['DNA'\]"),
         ({"channels": ("DNA", "DNA")}, ValueError, "each needs a name"),
+        ({"channels": "RG"}, ValueError, "2 channels are named 'RG'; each needs a name of its own, in a tuple"),
         ({"image": np.zeros((2, 40, 50), dtype=complex)}, TypeError, "complex128"),
         ({"image": np.zeros((2, 40, 50), dtype=bool)}, TypeError, "bool"),
         ({"labels": np.zeros((40, 50))}, TypeError, "labels have the type float64"),

@@ -60,6 +60,7 @@ def bbbc038(tmp_path):
     add(root, "c", grey(220))
     add(root, "d", coloured)
     (root / "a" / "images" / ".DS_Store").write_bytes(b"x")
+    (root / "stage1_train_labels.csv").write_text("ImageId,EncodedPixels")
     return root
 
 

@@ -11,7 +11,7 @@ from ._alignment import align
 from ._fit import EarlyStopping, Stacks, fit
 from ._losses import DEFAULT_TERMS, DistillationLoss
 from ._segmenter import Segmenter, SegmenterConfig
-from ._start import check_fields, check_schedule, middle, start_student
+from ._start import check_fields, check_schedule, listed, middle, start_student
 from ._threshold import best_threshold
 from .teachers._cache import teach
 
@@ -61,14 +61,15 @@ def distill(
     ----------
     fields
         Fields that the teacher segments. Their labels are not learnt, but a teacher that is asked by the boxes of labelled
-        objects reads them.
+        objects reads them. They are kept in memory up to 2 GB in all, and beyond read anew for every patch: cut large ones into
+        patches first (:func:`patches`).
     teacher
         The teacher.
     channel
         Channel that the student sees, or several in the order in which it sees them; may be left out where fields have
         one.
     labelled
-        Fields whose labels are learnt besides.
+        Fields whose labels are learnt besides, by the term ``"supervised"``; without that they only decide the threshold.
     validation
         Fields with labels on which the best step is chosen and training is stopped early (the middle of each that is wider
         than 1024 px). Without, the last step is taken.
@@ -130,7 +131,8 @@ def distill(
     ----------
     Cross-modal distillation: arXiv 2606.00928; alignment of hidden layers: arXiv 2503.06976; uncertainty weights: Kendall et al. 2018, doi 10.1109/CVPR.2018.00781.
     """
-    fields, labelled = list(fields), list(labelled)
+    fields, labelled = listed(fields, "fields"), listed(labelled, "labelled")
+    validation = listed(validation, "validation")
     if not fields:
         msg = "distill was given no fields: the teacher has nothing to segment."
         raise ValueError(msg)
@@ -141,15 +143,17 @@ def distill(
         lr=lr, weight_decay=weight_decay, patience=patience, checkpoint_every=checkpoint_every, seed=seed, n_views=n_views,
         labelled_share=labelled_share,
     )  # fmt: skip
-    used = [term for term in terms if term != "supervised" or labelled]
-    loss = DistillationLoss(used, uncertainty=uncertainty, matching=matching)
+    loss = DistillationLoss(_terms_with_targets(teacher, terms, labelled), uncertainty=uncertainty, matching=matching)
     segmenter = start_student(
         student, channels, fields[0].um_per_px, pretrained=pretrained, weights=weights, seed=seed,
         teacher={"name": teacher.name, "licence": teacher.licence},
     )  # fmt: skip
+    segmenter.config.training = {
+        **segmenter.config.training, "terms": list(loss.terms), "uncertainty weights": uncertainty, "matching": matching, "hard": hard,
+        "fields": len(fields), "labelled fields": len(labelled), "steps": n_steps, "batch": batch_size, "patch px": patch_px, "seed": seed,
+    }  # fmt: skip
     alignment: Alignment | None = None
     hidden: list[list[np.ndarray]] = []
-    n_fields = len(fields)
     if "hidden" in loss.terms:
         fields, maps, hidden, alignment = align(
             segmenter, fields, teacher, layers=layers, maps=bool({"probability", "boundary"} & set(loss.terms)),
@@ -159,17 +163,27 @@ def distill(
         maps = teach(fields, teacher=teacher, cache=cache)
     if hard:
         maps = [(found > 0.5).astype(np.float32) for found in maps]
-    segmenter.config.training = {
-        "terms": list(loss.terms), "uncertainty weights": uncertainty, "matching": matching, "hard": hard,
-        "fields": n_fields, "labelled fields": len(labelled), "steps": n_steps, "batch": batch_size, "patch px": patch_px, "seed": seed,
-    }  # fmt: skip
     judged = [*(validation or labelled)] if {"probability", "supervised"} & set(loss.terms) else []
+    learnt = labelled if "supervised" in loss.terms and labelled_share > 0 else []
     return _run(
-        segmenter, Stacks(channels, [*fields, *labelled], maps, hidden), loss, validation, n_steps=n_steps,
+        segmenter, Stacks(channels, [*fields, *learnt], maps, hidden), loss, validation, n_steps=n_steps,
         batch_size=batch_size, patch_px=patch_px, labelled_share=labelled_share, lr=lr, weight_decay=weight_decay,
         patience=patience, checkpoint=checkpoint, checkpoint_every=checkpoint_every, seed=seed, description="distil",
         alignment=alignment, judged=judged,
     )  # fmt: skip
+
+
+def _terms_with_targets(teacher: Teacher, terms: Sequence[str] | str, labelled: list[Field]) -> list[str]:
+    """Terms for which there is something to learn; an error where there is none, or no teacher."""
+    if not callable(teacher) or not hasattr(teacher, "name"):
+        msg = f"teacher={teacher!r} is no teacher: pass one of hn.seg.teachers, such as CallableTeacher(function, ...)."
+        raise TypeError(msg)
+    terms = [terms] if isinstance(terms, str) else list(terms)
+    used = [term for term in terms if term != "supervised" or labelled]
+    if terms and not used:
+        msg = f"terms={terms} learn from labelled fields alone, and labelled= has none: use finetune, or add terms of the teacher."
+        raise ValueError(msg)
+    return used
 
 
 def finetune(
@@ -195,7 +209,7 @@ def finetune(
     Parameters
     ----------
     fields
-        Fields with labels.
+        Fields with labels; large ones are cut into patches first, as for :func:`distill`.
     channel
         Channel that the student sees, or several in the order in which it sees them; may be left out where fields have
         one.
@@ -231,7 +245,7 @@ def finetune(
         No fields, fields without labels or with labels of one class, fields of different um/px, images smaller than a
         patch, constant channels, settings out of range, a damaged checkpoint.
     """
-    fields = list(fields)
+    fields, validation = listed(fields, "fields"), listed(validation, "validation")
     if not fields:
         msg = "finetune was given no fields with labels."
         raise ValueError(msg)

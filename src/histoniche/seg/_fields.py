@@ -54,10 +54,15 @@ class Field:
         if self.image.ndim != 3 or 0 in self.image.shape:
             msg = f"Field {self.name!r}: the image has the shape {self.image.shape}; (c, y, x), none of them 0, is needed."
             raise ValueError(msg)
-        if len(self.channels) != self.image.shape[0] or len(set(self.channels)) != len(self.channels):
+        if (
+            isinstance(self.channels, str)
+            or len(self.channels) != self.image.shape[0]
+            or len(set(self.channels)) != len(self.channels)
+        ):
+            named = repr(self.channels) if isinstance(self.channels, str) else list(self.channels)
             msg = (
-                f"Field {self.name!r}: {self.image.shape[0]} channels are named {list(self.channels)}; each needs a name "
-                "of its own."
+                f"Field {self.name!r}: {self.image.shape[0]} channels are named {named}; each needs a name of its "
+                "own, in a tuple."
             )
             raise ValueError(msg)
         if not (np.issubdtype(self.image.dtype, np.number) and not np.issubdtype(self.image.dtype, np.complexfloating)):
@@ -112,14 +117,14 @@ class Field:
             raise KeyError(msg)
         return [self.channels.index(name) for name in channels]
 
-    def stretch_limits(self) -> np.ndarray:
+    def stretch_limits(self, percentiles: Sequence[float] = STRETCH) -> np.ndarray:
         """(c, 2) values of each channel that become 0 and 1; constant channels are an error when they are read."""
         if self.limits is not None:
             return self.limits
-        return percentile_limits(grid_of_pixels(self.image))
+        return percentile_limits(grid_of_pixels(self.image), percentiles)
 
-    def read(self, channels: Sequence[str]) -> np.ndarray:
-        """Channels of the whole field, (len(channels), y, x) float32, stretched to 0 to 1.
+    def read(self, channels: Sequence[str], *, percentiles: Sequence[float] = STRETCH) -> np.ndarray:
+        """Channels of the whole field, (len(channels), y, x) float32, stretched to 0 to 1: by limits if it has some, else percentiles.
 
         Raises
         ------
@@ -129,11 +134,11 @@ class Field:
             A channel that is constant (empty or saturated) or nearly so, or has values that are not finite.
         """
         rows = self.indices(channels)
-        limits = self.stretch_limits()[rows]
+        limits = self.stretch_limits(percentiles)[rows]
         pixels = np.stack([np.asarray(self.image[row]) for row in rows]).astype(np.float32)
         for name, plane, edges in zip(channels, pixels, limits, strict=True):
             check_stretch(
-                plane, edges, percentiles=STRETCH, what=f"Field {self.name!r}: channel {name!r}",
+                plane, edges, percentiles=percentiles, what=f"Field {self.name!r}: channel {name!r}",
                 leave="Leave the field out, or choose another channel", limit="give Field(limits=...)",
             )  # fmt: skip
         return stretch(pixels, limits)

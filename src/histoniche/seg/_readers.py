@@ -125,7 +125,8 @@ def _bbbc038_groups(names: Sequence[str]) -> dict[str, dict[str, list[str]]]:
     """Files of every id, its images apart from its masks."""
     groups: dict[str, dict[str, list[str]]] = defaultdict(lambda: {"images": [], "masks": []})
     for name in names:
-        *folder, sort, file = name.split("/")
+        *folder, sort, file = ["", *name.split("/")]  # beside the folders may lie a table, or what a system leaves
+        folder = folder[1:]
         if not folder or sort not in ("images", "masks") or "__MACOSX" in folder or file.startswith("."):
             continue
         group = groups["/".join(folder)][sort]

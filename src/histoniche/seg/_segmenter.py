@@ -246,7 +246,7 @@ class Segmenter:
             Its um/px is not that of the student.
         """
         check_scale(self.config.um_per_px, item.um_per_px, f"field {item.name!r}")
-        return self.predict_maps(item.read(self.config.channels)[None])[0]
+        return self.predict_maps(item.read(self.config.channels, percentiles=self.config.stretch)[None])[0]
 
     def instances(self, maps: np.ndarray) -> np.ndarray:
         """Objects of maps (2, y, x), with the settings of the configuration: (y, x) int32."""
@@ -291,6 +291,9 @@ class Segmenter:
         ValueError
             The files are damaged, do not belong together, or hold another class.
         """
+        if not isinstance(path, str | Path):
+            msg = f"A Segmenter, or the folder of one, is needed, not {type(path).__name__}."
+            raise TypeError(msg)
         path = Path(path)
         config, weights = read_directory(path, cls.__name__)
         sha = config.pop("weights_sha256", None)

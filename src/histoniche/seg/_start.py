@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ._fields import STRETCH
+from ._fields import STRETCH, Field
 from ._segmenter import Segmenter, SegmenterConfig, check_scale
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from ._fields import Field
-
 _LEAST_PATCH = 32
 _JUDGED_PX = 1024
+
+
+def listed(fields: Sequence[Field], argument: str) -> list[Field]:
+    """Fields as a list; a single one, or something else, is an error."""
+    given: Any = fields
+    if isinstance(given, Field):
+        msg = f"{argument} is a single field: pass a list of them, [{given.name}]."
+        raise TypeError(msg)
+    found = list(given)
+    wrong = [type(item).__name__ for item in found if not isinstance(item, Field)]
+    if wrong:
+        msg = f"{argument} must be a list of hn.seg.Field, and holds {wrong[0]}."
+        raise TypeError(msg)
+    return found
 
 
 def check_fields(
@@ -147,6 +159,12 @@ def start_student(
         return Segmenter(config, pretrained=pretrained, weights=weights, seed=seed)
     if student.config.channels != channels:
         msg = f"channel={channels}, but the student was trained on {student.config.channels}."
+        raise ValueError(msg)
+    if list(student.config.stretch) != list(STRETCH):
+        msg = (
+            f"The student sees values between the percentiles {list(student.config.stretch)}, training those between {list(STRETCH)}: it cannot be "
+            "trained on."
+        )
         raise ValueError(msg)
     check_scale(student.config.um_per_px, um_per_px, "the fields")
     taught = _both(student.config.teacher, teacher or {})

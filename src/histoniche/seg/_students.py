@@ -125,6 +125,9 @@ def build_student(
             "of timm's model of that name."
         )
         raise StudentAccessError(msg) from error
+    except ValueError as error:
+        msg = f"The encoder {encoder!r} gives no maps that a decoder could read ({error}): choose another, see hn.seg.list_students()."
+        raise ValueError(msg) from error
     except (OSError, RuntimeError) as error:
         if not (pretrained or weights is not None):
             raise

@@ -98,9 +98,13 @@ class PromptedTeacher(ABC):
         gamma: float = 0.5,
         batch_size: int = 16,
     ) -> None:
+        channels = [channels] if isinstance(channels, str) else list(channels)
         if not 1 <= len(channels) <= 3 or not any(channels):
-            msg = f"channels={list(channels)}: one to three are needed, to be seen as grey or as red, green and blue."
+            msg = f"channels={channels}: one to three are needed, to be seen as grey or as red, green and blue."
             raise ValueError(msg)
+        if not isinstance(prompts, Prompts):
+            msg = f"prompts={prompts!r} must be hn.seg.teachers.Prompts, such as Prompts('grid')."
+            raise TypeError(msg)
         self.channels, self.prompts, self.name, self.licence = tuple(channels), prompts, name, licence
         self.input_px, self.gamma, self.batch_size = input_px, gamma, batch_size
         self._fabric = inference_fabric()
