@@ -63,8 +63,8 @@ def segment(
     The image is read lazily: once at full resolution for the percentiles that its values are stretched by, of a grid of
     about 4 million pixels, whatever coarser scales it has; then for the maps. Overlapping tiles are predicted and blended,
     in threads that decode the image while the network, one tile batch at a time, uses all cores or the GPU. The maps lie in
-    a temporary store on disk (4 bytes a pixel, float16), from which objects are made block by block, so memory does not
-    grow with the image, the labels in memory (4 bytes a pixel, see ``store``) apart. No border of a tile or block cuts an
+    a temporary store on disk (4 bytes a pixel, float16), from which objects are made block by block, so memory hardly
+    grows with the image, the labels in memory (4 bytes a pixel, see ``store``) and the cells' outlines apart. No border of a tile or block cuts an
     object.
 
     Parameters
