@@ -122,6 +122,8 @@ def distill(
         A field without the channel.
     StudentAccessError
         The encoder's weights cannot be had.
+    TypeError
+        Fields that are none, a teacher that is none.
     ValueError
         No fields; fields of different um/px; images smaller than a patch; constant channels; labels of one class;
         settings out of range; a damaged cache or checkpoint; a teacher without hidden features, layers that one of the two
@@ -241,6 +243,8 @@ def finetune(
         A field without the channel.
     StudentAccessError
         The encoder's weights cannot be had.
+    TypeError
+        Fields that are none.
     ValueError
         No fields, fields without labels or with labels of one class, fields of different um/px, images smaller than a
         patch, constant channels, settings out of range, a damaged checkpoint.
