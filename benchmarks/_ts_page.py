@@ -138,22 +138,17 @@ def _ablation(table: pd.DataFrame) -> list[str]:
     return [*lines, ""]
 
 
-def _schedules(table: pd.DataFrame) -> list[str]:
-    """Dice by length of the last training, a table for each task."""
-    lines = [
-        "## Length of the last training", "", "Dice of the fewest labels, seed 0, by steps of the last training; the pretraining as above.", "",
-    ]  # fmt: skip
+def _last_training(table: pd.DataFrame, varied: str, title: str, about: str) -> list[str]:
+    """Dice by what was varied of the last training, a table for each task."""
+    lines = [f"## {title}", "", about, ""]
     for task, rows in table.groupby("task"):
-        steps = sorted(rows["n_steps"].unique())
-        lines += [
-            f"{NAMES[task]}:",
-            "",
-            "| way | " + " | ".join(f"{n}" for n in steps) + " |",
-            "|---" * (len(steps) + 1) + "|",
-        ]
+        values = sorted(rows[varied].unique())
+        dice = rows.pivot_table(index="arm", columns=varied, values="dice").reindex(index=list(ARMS), columns=values)
+        lines += [f"{NAMES[task]}:", "", "| way | " + " | ".join(f"{value:g}" for value in values) + " |"]
+        lines.append("|---" * (len(values) + 1) + "|")
         for arm, name in ARMS.items():
-            dice = rows[rows["arm"] == arm].set_index("n_steps")["dice"].reindex(steps)
-            lines.append(f"| {name} | " + " | ".join(f"{value:.3f}".replace("nan", "") for value in dice) + " |")
+            cells = " | ".join(f"{value:.3f}".replace("nan", "") for value in dice.loc[arm])
+            lines.append(f"| {name} | {cells} |")
         lines.append("")
     return lines
 
@@ -180,26 +175,6 @@ def _cost(table: pd.DataFrame) -> list[str]:
         cells = [f"{row['s_step']:.3f} | {row['memory_gb']:.1f}" for _, row in by_device.iterrows()]
         lines.append(f"| {stage} | " + " | ".join(cells) + " |")
     return [*lines, ""]
-
-
-def _rates(table: pd.DataFrame) -> list[str]:
-    """Dice on validation fields by the rate of the last training, a table for each task."""
-    lines = [
-        "## Rate of the last training", "", "Dice on *validation* fields of the fewest labels, seed 0, by learning rate: what each way's was chosen from.", "",
-    ]  # fmt: skip
-    for task, rows in table.groupby("task"):
-        rates = sorted(rows["lr"].unique())
-        lines += [
-            f"{NAMES[task]}:",
-            "",
-            "| way | " + " | ".join(f"{lr:g}" for lr in rates) + " |",
-            "|---" * (len(rates) + 1) + "|",
-        ]
-        for arm, name in ARMS.items():
-            dice = rows[rows["arm"] == arm].set_index("lr")["dice"].reindex(rates)
-            lines.append(f"| {name} | " + " | ".join(f"{value:.3f}".replace("nan", "") for value in dice) + " |")
-        lines.append("")
-    return lines
 
 
 _SAME = {
@@ -266,9 +241,11 @@ def write(
     if ablation is not None:
         lines += _ablation(ablation)
     if schedules is not None:
-        lines += _schedules(schedules)
+        about = "Dice of the fewest labels, seed 0, by steps of the last training; the pretraining as above."
+        lines += _last_training(schedules, "n_steps", "Length of the last training", about)
     if rates is not None:
-        lines += _rates(rates)
+        about = "Dice on *validation* fields of the fewest labels, seed 0, by learning rate: what each way's was chosen from."
+        lines += _last_training(rates, "lr", "Rate of the last training", about)
     if cost is not None:
         lines += _cost(cost)
     (docs / f"{page}.md").write_text("\n".join(lines), encoding="utf-8")
