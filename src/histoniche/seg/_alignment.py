@@ -101,8 +101,7 @@ def align(
     """
     channels = list(dict.fromkeys([*segmenter.config.channels, *filter(None, getattr(teacher, "channels", ()))]))
     cut = views(fields, channels=channels, n_views=n_views, patch_px=patch_px, seed=seed)
-    mine, pairs = _matched(segmenter, teacher, layers, patch_px)
-    grids = {name: mine[layer][1] for layer, name in pairs.items()}
+    mine, pairs, grids = _matched(segmenter, teacher, layers, patch_px)
     asked = teach_hidden(cut, teacher=teacher, layers=grids, maps=maps, cache=cache)
     # They are most of the memory, and have been rounded to float16 anyway.
     hidden = [[output[name].astype(np.float16) for name in pairs.values()] for output in asked]
@@ -114,25 +113,25 @@ def align(
 
 def check_alignment(segmenter: Segmenter, teacher: Any, *, layers: Mapping[int, str] | None, patch_px: int) -> None:
     """Refuse what :func:`align` would, for the price of one patch: layers that are missing, grids that do not match."""
-    mine, pairs = _matched(segmenter, teacher, layers, patch_px)
+    *_, grids = _matched(segmenter, teacher, layers, patch_px)
     channels = list(dict.fromkeys(filter(None, getattr(teacher, "channels", ())))) or segmenter.config.channels
     limits = np.tile(np.array([0.0, 1.0], dtype=np.float32), (len(channels), 1))
     patch = np.zeros((len(channels), patch_px, patch_px), dtype=np.float32)
     blank = Field("a patch", patch, tuple(channels), None, segmenter.config.um_per_px, limits)
-    teach_hidden([blank], teacher=teacher, layers={name: mine[layer][1] for layer, name in pairs.items()}, maps=False)
+    teach_hidden([blank], teacher=teacher, layers=grids, maps=False)
 
 
 def _matched(
     segmenter: Segmenter, teacher: Any, layers: Mapping[int, str] | None, patch_px: int
-) -> tuple[list[tuple[int, tuple[int, int]]], dict[int, str]]:
-    """Width and grid of the student's layers, and which of the teacher's each is compared with."""
+) -> tuple[list[tuple[int, tuple[int, int]]], dict[int, str], dict[str, tuple[int, int]]]:
+    """Width and grid of the student's layers, which of the teacher's each is compared with, and on which grid."""
     mine = _layers_of(segmenter.module, len(segmenter.config.channels), patch_px)
     pairs = _pairs(len(mine), teacher) if layers is None else dict(layers)
     unknown = [layer for layer in pairs if not 0 <= layer < len(mine)]
     if unknown or not pairs or len(set(pairs.values())) < len(pairs):
         msg = f"layers={pairs}: the student has the layers 0 to {len(mine) - 1}, each for another of the teacher's."
         raise ValueError(msg)
-    return mine, pairs
+    return mine, pairs, {name: mine[layer][1] for layer, name in pairs.items()}
 
 
 def _layers_of(module: nn.Module, n_channels: int, patch_px: int) -> list[tuple[int, tuple[int, int]]]:
