@@ -114,7 +114,7 @@ def main() -> None:
             results[title] = distil(sdata, title, at, arguments)
             done.write_text(json.dumps(results, indent=1))
             print(title, results[title], flush=True)
-    report(results, arguments)
+    report({title: results[title] for title in EOSIN}, arguments)
 
 
 if __name__ == "__main__":
