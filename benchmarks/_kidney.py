@@ -12,6 +12,8 @@ from skimage.filters import threshold_otsu
 from sklearn.cluster import KMeans
 from sklearn.metrics import roc_auc_score
 
+from histoniche import metrics
+
 if TYPE_CHECKING:
     from anndata import AnnData
 
@@ -22,6 +24,9 @@ SMOOTHING = 16.0
 """Width in um of the Gaussian that makes regions of podocyte expression from single bins."""
 LEAST_AREA = 5000.0
 """um2; smaller regions are not counted as glomeruli (a disc of 80 um across; glomeruli measure 150 to 250 um)."""
+
+BLOCK = 250.0
+"""Side in um of the blocks that are resampled for intervals: a glomerulus. Eight radii would leave four blocks in the strip."""
 
 
 def counts_of(table: AnnData, genes: tuple[str, ...]) -> np.ndarray:
@@ -83,10 +88,18 @@ def podocyte_regions(table: AnnData, bin_um: int) -> np.ndarray:
     return mean > threshold_otsu(mean[(table.obs["split"] == "train").to_numpy()])
 
 
+def add_podocyte(table: AnnData) -> None:
+    """Podocyte expression and counts to ``obs``: of the three genes together, and of each."""
+    for name, genes in {"podocyte": PODOCYTE, **{gene: (gene,) for gene in PODOCYTE}}.items():
+        table.obs[name] = log_expression(table, genes)
+        table.obs[f"{name}_counts"] = counts_of(table, genes)
+
+
 def glomeruli(table: AnnData, bin_um: int) -> dict[str, Any]:
     """How well the student finds glomeruli on the test strip, from H&E alone.
 
-    The glomerular niche is the one with the most podocyte expression on training bins, by the teacher's labels.
+    The glomerular niche is the one with the most podocyte expression on training bins, by the teacher's labels. The interval
+    of the AUC for regions is by spatial block bootstrap.
     """
     split = table.obs["split"].to_numpy()
     train, test = split == "train", split == "test"
@@ -96,16 +109,34 @@ def glomeruli(table: AnnData, bin_um: int) -> dict[str, Any]:
     score = niche_probability(table, niche)[test]
     found = (table.obs["niche"].astype(str) == niche).to_numpy()
     wanted = podocyte_regions(table, bin_um)
-    objects = _objects(table, wanted, found, test, bin_um)
+    regions = metrics.block_bootstrap(
+        table.obsm["spatial"][test],
+        lambda rows: roc_auc_score(wanted[test][rows], score[rows]),
+        block_um=BLOCK,
+    )
     return {
         "niche": niche,
-        "auc_bins": float(roc_auc_score(table.obs["podocyte_counts"].to_numpy()[test] > 0, score)),
-        "auc_regions": float(roc_auc_score(wanted[test], score)),
-        "podocyte_inside": float(podocyte[test & found].mean()) if (test & found).any() else float("nan"),
-        "podocyte_outside": float(podocyte[test & ~found].mean()),
+        "auc_regions": regions.estimate,
+        "auc_regions_low": regions.low,
+        "auc_regions_high": regions.high,
+        **{
+            f"{name}_{figure}": value
+            for name in ("podocyte", *PODOCYTE)
+            for figure, value in _of_gene(table, name, score, found, test).items()
+        },
         "share_positive_bins": float((table.obs["podocyte_counts"].to_numpy()[test] > 0).mean()),
         "share_regions": float(wanted[test].mean()),
-        **objects,
+        **_objects(table, wanted, found, test, bin_um),
+    }
+
+
+def _of_gene(table: AnnData, name: str, score: np.ndarray, found: np.ndarray, test: np.ndarray) -> dict[str, float]:
+    """Expression inside and outside the predicted niche on the test strip, and the AUC for bins with at least one count."""
+    expression = table.obs[name].to_numpy()
+    return {
+        "auc": float(roc_auc_score(table.obs[f"{name}_counts"].to_numpy()[test] > 0, score)),
+        "inside": float(expression[test & found].mean()) if (test & found).any() else float("nan"),
+        "outside": float(expression[test & ~found].mean()),
     }
 
 

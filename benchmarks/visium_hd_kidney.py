@@ -47,7 +47,10 @@ QUICK_STEPS = 10
 K = (6, 10)
 MAIN = 16
 OTHER = 8
-"""Widths in um of the bins of the main table, and of those that are compared with it by one seed."""
+"""Widths in um of the bins of the main table, and of those that are compared with it."""
+AGREEMENT = {"ari": 3, "nmi": 3, "jsd": 4}
+"""Figures of a model, and the digits that they are shown with."""
+FIGURES = [f"{name}{end}" for name in AGREEMENT for end in ("", "_low", "_high")]
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -55,8 +58,7 @@ def read(data: Path, bin_um: int) -> SpatialData:
     """Bins with the counts of variable genes, their podocyte expression, split and neighbourhoods, and the H&E."""
     sdata = _readers.read_visium_hd_kidney(data, bin_um=bin_um)
     table = sdata["table"]
-    table.obs["podocyte"] = _kidney.log_expression(table, _kidney.PODOCYTE)
-    table.obs["podocyte_counts"] = _kidney.counts_of(table, _kidney.PODOCYTE)
+    _kidney.add_podocyte(table)
     # Two hops of context, and one of consensus. The default, with twice the radius and a whole field of view, would leave
     # nothing above the strip.
     radius = radius_for_density(table.obsm["spatial"], 50)
@@ -87,12 +89,10 @@ def prepared(data: Path, output: Path, bin_um: int) -> SpatialData:
 # ---------------------------------------------------------------------------------------------------------------- runs
 def runs(arguments: argparse.Namespace) -> Iterator[tuple[int, int, int]]:
     """Width of the bins, K and seed of each run."""
-    for k in K:
-        for seed in range(1 if arguments.quick else arguments.seeds):
-            yield MAIN, k, seed
-    if not arguments.quick:
+    for bin_um in (MAIN,) if arguments.quick else (MAIN, OTHER):
         for k in K:
-            yield OTHER, k, 0
+            for seed in range(1 if arguments.quick else arguments.seeds):
+                yield bin_um, k, seed
 
 
 def run(sdata: SpatialData, bin_um: int, k: int, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -105,11 +105,10 @@ def run(sdata: SpatialData, bin_um: int, k: int, seed: int, arguments: argparse.
         table, n_niches=k, encoder=ENCODER, use_rep="X_niche_pca", model_dir=output / f"model_{bin_um}um_k{k}_{seed}",
         overwrite=True, n_steps=n_steps, seed=seed,
     )  # fmt: skip
-    options: dict[str, Any] = {} if bin_um == MAIN else {"baselines": ("probe_cell", "probe_neighborhood")}
-    hn.tl.evaluate_niches(table, cell_type_key="bin_type", seed=seed, **options)
+    hn.tl.evaluate_niches(table, cell_type_key="bin_type", block_um=_kidney.BLOCK, seed=seed)
     figures = table.uns["niche_evaluation"]
     result = {
-        "models": {name: {key: float(row[key]) for key in ("ari", "nmi", "jsd")} for name, row in figures.iterrows()},
+        "models": {name: {key: float(row[key]) for key in FIGURES} for name, row in figures.iterrows()},
         "teacher_effective": float(table.uns["histoniche"]["nolan"]["params"]["final_effective_niches"]),
         "glomeruli": _kidney.glomeruli(table, bin_um),
         "seconds": round(time.perf_counter() - start, 1),
@@ -199,16 +198,16 @@ def plot_glomeruli(sdata: SpatialData, save: Path) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- report
-GLOMERULI = (
-    "auc_regions", "auc_bins", "podocyte_inside", "podocyte_outside", "glomeruli", "glomeruli_found", "false_regions",
-)  # fmt: skip
+GLOMERULI = ("auc_regions", "glomeruli", "glomeruli_found", "false_regions")
+GENES = ("podocyte", *_kidney.PODOCYTE)
+"""The genes together, and each."""
 
 
 PAGE = """# Visium HD kidney: niches and glomeruli from real H&E
 
 A crop of 2 x 2 mm of human kidney (Visium HD, FFPE; 10x Genomics) with the section's own **H&E scan**, at 2.008 um/px, coarse
-for histology. The unit is a bin, not a cell. The main table is of {main} um bins (sums of 2 x 2 bins of 8 um); {other} um bins are
-compared with one seed. The teacher is NOLAN on {n_latent} principal components of {n_genes:,} variable genes, the student sees
+for histology. The unit is a bin, not a cell. The main table is of {main} um bins (sums of 2 x 2 bins of 8 um); bins of {other} um
+follow below. The teacher is NOLAN on {n_latent} principal components of {n_genes:,} variable genes, the student sees
 EfficientNet-Lite0 (ImageNet weights) dense features at {um_per_px} um/px, means over {symmetries} mirror images. Mean ± SD of {seeds} seeds, each with its own teacher.
 
 The second of four horizontal strips is held out: {test:,} test bins of {n:,}, {train:,} for training, {left_out:,} in the
@@ -221,7 +220,8 @@ JSD compares compositions of {n_types} k-means clusters of the embedding of sing
 
 Against the teacher, on the test strip. Higher is better for ARI and NMI, lower for JSD. `probe_cell` and `probe_neighborhood` are
 logistic regressions on the features of the bin, and of the bin beside its neighbourhood's mean; `histology_nolan` and
-`histology_leiden` saw no niche; `coordinates_only` sees positions and no image.
+`histology_leiden` saw no niche; `coordinates_only` sees positions and no image. Mean ± SD over seeds; in brackets the 95 % interval of seed 0 by spatial block
+bootstrap, with blocks of {block:.0f} um, a glomerulus: niches are larger, so the intervals are rather too narrow.
 
 {verdict}
 
@@ -234,17 +234,22 @@ logistic regressions on the features of the bin, and of the bin beside its neigh
 The glomerular niche is the one with the most podocyte expression (NPHS1, NPHS2 and PODXL together, log of counts per 100) on
 *training* bins, by the teacher's labels. Below is what the *student* makes of it on the test strip, from H&E alone: the AUC of its
 probability of that niche for regions of podocyte expression (Gaussian mean of {smoothing:.0f} um above Otsu's threshold of the
-training bins) and for single bins with at least one podocyte count (many bins inside a glomerulus have none, and PODXL is also found in
-vessels); mean podocyte expression inside and outside the predicted niche; and glomeruli, regions of at least {least:,.0f} um2 in
-the strip, of which at least half is predicted.
+training bins), with the interval of seed 0 in brackets; and glomeruli, regions of at least {least:,.0f} um2 in the strip, of which at least half is predicted.
 
 {glomeruli}
+
+Gene by gene: the AUC of the same probability for single bins with at least one count (many bins inside a glomerulus have none, and
+PODXL is also found in vessels), and mean expression (log of counts per 100) inside and outside the predicted niche.
+
+{genes}
 
 ![Glomeruli](visium_hd_kidney/glomeruli.jpg)
 
 ## Bins of {other} um
 
 {others}
+
+{verdict_other}
 
 Teachers differ between widths of bins, so ARI and NMI of one are not those of the other; the glomeruli can be compared.
 
@@ -274,9 +279,9 @@ def summary(results: dict[str, dict[str, Any]]) -> dict[str, float]:
     for name, result in results.items():
         setting = name.rsplit(".", 1)[0]
         for model, row in result["models"].items():
-            for figure, value in row.items():
-                values.setdefault(f"{setting}.{model}.{figure}", []).append(value)
-        for figure in GLOMERULI:
+            for figure in AGREEMENT:
+                values.setdefault(f"{setting}.{model}.{figure}", []).append(row[figure])
+        for figure in (*GLOMERULI, *(f"{gene}_{figure}" for gene in GENES for figure in ("auc", "inside", "outside"))):
             values.setdefault(f"{setting}.glomeruli.{figure}", []).append(float(result["glomeruli"][figure]))
         values.setdefault(f"{setting}.teacher.effective_niches", []).append(result["teacher_effective"])
         values.setdefault(f"{setting}.seconds", []).append(result["seconds"])
@@ -296,32 +301,44 @@ def shown(flat: dict[str, float], key: str, digits: int = 3) -> str:
     return f"{flat[key]:.{digits}f}{spread}"
 
 
-def models_table(flat: dict[str, float], setting: str) -> str:
-    """One row per model."""
-    names = [key.split(".")[2] for key in flat if key.startswith(f"{setting}.") and key.endswith(".ari")]
-    rows = [
-        f"| {name} | {shown(flat, f'{setting}.{name}.ari')} | {shown(flat, f'{setting}.{name}.nmi')} | {shown(flat, f'{setting}.{name}.jsd', 4)} |"
-        for name in names
-    ]
+def models_table(flat: dict[str, float], setting: str, first: dict[str, Any]) -> str:
+    """One row per model: mean and SD, and the interval of the first seed."""
+    rows = []
+    for name, row in first["models"].items():
+        cells = [
+            f"{shown(flat, f'{setting}.{name}.{figure}', digits)} [{row[f'{figure}_low']:.{digits}f}, {row[f'{figure}_high']:.{digits}f}]"
+            for figure, digits in AGREEMENT.items()
+        ]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(["| K = " + setting.split(".k")[1] + " | ARI | NMI | JSD |", "|---|---|---|---|", *rows])
 
 
-def glomeruli_table(flat: dict[str, float], settings: list[str]) -> str:
+def glomeruli_table(flat: dict[str, float], results: dict[str, dict[str, Any]], settings: list[str]) -> str:
     """One row per width of the bins and K."""
-    head = (
-        "| bins, K | AUC, regions | AUC, single bins | podocyte expression in the niche | elsewhere | glomeruli found | "
-        "regions without one |\n|---|---|---|---|---|---|---|"
-    )
     rows = []
     for s in settings:
-        g = f"{s}.glomeruli."
+        g, first = f"{s}.glomeruli.", results[f"{s}.0"]["glomeruli"]
         bin_um, k = s.split(".k")
         found = f"{shown(flat, g + 'glomeruli_found', 1)} of {flat[g + 'glomeruli']:.0f}"
+        interval = f"[{first['auc_regions_low']:.3f}, {first['auc_regions_high']:.3f}]"
         rows.append(
-            f"| {bin_um}, {k} | {shown(flat, g + 'auc_regions')} | {shown(flat, g + 'auc_bins')} | "
-            f"{shown(flat, g + 'podocyte_inside')} | {shown(flat, g + 'podocyte_outside')} | {found} | "
-            f"{flat[g + 'false_regions']:.1f} |"
+            f"| {bin_um}, {k} | {shown(flat, g + 'auc_regions')} {interval} | {found} | {flat[g + 'false_regions']:.1f} |"
         )
+    head = "| bins, K | AUC, regions | glomeruli found | regions without one |\n|---|---|---|---|"
+    return "\n".join([head, *rows])
+
+
+def genes_table(flat: dict[str, float], settings: list[str]) -> str:
+    """One row per width of the bins, K, and gene."""
+    rows = []
+    for s in settings:
+        for gene in GENES:
+            name = f"{s}.glomeruli.{gene}_"
+            cells = [shown(flat, name + figure) for figure in ("auc", "inside", "outside")]
+            rows.append(
+                f"| {s.replace('.k', ', ')} | {'together' if gene == 'podocyte' else gene} | {' | '.join(cells)} |"
+            )
+    head = "| bins, K | gene | AUC, single bins | expression in the niche | elsewhere |\n|---|---|---|---|---|"
     return "\n".join([head, *rows])
 
 
@@ -343,11 +360,13 @@ def trials_text(output: Path) -> str:
     )  # fmt: skip
 
 
-def verdict(flat: dict[str, float]) -> str:
+def verdict(flat: dict[str, float], bin_um: int) -> str:
     """Whether the student is above the probes, in words."""
     lines = []
     for k in K:
-        s = f"{MAIN}um.k{k}"
+        s = f"{bin_um}um.k{k}"
+        if f"{s}.student.ari" not in flat:
+            continue
         best = max(flat[f"{s}.{probe}.ari"] for probe in ("probe_cell", "probe_neighborhood"))
         nmi = max(flat[f"{s}.{probe}.nmi"] for probe in ("probe_cell", "probe_neighborhood"))
         ari, own = flat[f"{s}.student.ari"], flat[f"{s}.student.nmi"]
@@ -370,13 +389,17 @@ def report(arguments: argparse.Namespace, results: dict[str, dict[str, Any]]) ->
     buffer = float(origin["spatial_holdout"]["params"]["buffer"])
     radius = float(table.uns["niche_neighbors"]["params"]["radius"])
     write_json(arguments.docs / "visium_hd_kidney.json", flat)
+
+    def tables(bin_um: int) -> str:
+        mine = [s for s in settings if s.startswith(f"{bin_um}um")]
+        return "\n\n".join(models_table(flat, s, results[f"{s}.0"]) for s in mine) or "Not run: `--quick`."
+
     page = PAGE.format(
         main=MAIN, other=OTHER, n=table.n_obs, test=split["test"], train=split["train"], left_out=split["buffer"],
-        buffer=buffer, radius=radius, seeds=arguments.seeds, um_per_px=UM_PER_PX, symmetries=SYMMETRIES, field=FIELD_OF_VIEW, n_genes=N_GENES, n_latent=N_LATENT,
+        buffer=buffer, block=_kidney.BLOCK, radius=radius, seeds=arguments.seeds, um_per_px=UM_PER_PX, symmetries=SYMMETRIES, field=FIELD_OF_VIEW, n_genes=N_GENES, n_latent=N_LATENT,
         n_types=N_TYPES, smoothing=_kidney.SMOOTHING, least=_kidney.LEAST_AREA,
-        models="\n\n".join(models_table(flat, s) for s in settings if s.startswith(f"{MAIN}um")),
-        others="\n\n".join(models_table(flat, s) for s in settings if not s.startswith(f"{MAIN}um")),
-        verdict=verdict(flat), glomeruli=glomeruli_table(flat, settings), trials=trials_text(arguments.output), cores=os.cpu_count(),
+        models=tables(MAIN), others=tables(OTHER), verdict=verdict(flat, MAIN), verdict_other=verdict(flat, OTHER),
+        glomeruli=glomeruli_table(flat, results, settings), genes=genes_table(flat, settings), trials=trials_text(arguments.output), cores=os.cpu_count(),
         machine=platform.machine(), python=platform.python_version(),
         minutes=sum(result["seconds"] for result in results.values()) / 60,
     )  # fmt: skip
