@@ -46,7 +46,6 @@ HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs" / "benchmarks"
 BUFFER = 330.0
 N_STEPS = 300
-N_NICHES = (20, 10)
 PENALTY = 0.01
 """Of the probes, the same for all features."""
 DECAY = 0.98
@@ -296,7 +295,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
     """What a process needs."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // arguments.jobs))
     hn.settings.progress = False
-    _TRIALS.update({k: Trials(arguments, k) for k in N_NICHES})
+    _TRIALS.update({k: Trials(arguments, k) for k in arguments.n_niches})
 
 
 def _run(k: int, name: str) -> None:
@@ -306,14 +305,14 @@ def _run(k: int, name: str) -> None:
 def run_all(arguments: argparse.Namespace) -> None:
     """Features first, as students share them; then students, several at a time."""
     _prepare(arguments)
-    trials = _TRIALS[N_NICHES[0]]
+    trials = next(iter(_TRIALS.values()))
     for name in dict.fromkeys(name for v in VARIANTS.values() for name in (*v.features, *v.views)):
         for strip in trials.cells.strips:
             trials.features(name, trials.cells, strip)
     with ProcessPoolExecutor(
         arguments.jobs, multiprocessing.get_context("spawn"), initializer=_prepare, initargs=(arguments,)
     ) as pool:
-        for done in [pool.submit(_run, k, name) for k in N_NICHES for name in VARIANTS]:
+        for done in [pool.submit(_run, k, name) for k in arguments.n_niches for name in VARIANTS]:
             done.result()
 
 
@@ -346,7 +345,7 @@ After `xenium_pancreas.py`. {cores} cores ({machine}), no GPU; Python {python}. 
 
 def report(arguments: argparse.Namespace) -> None:
     """Write the page and the flat figures."""
-    ks = sorted(N_NICHES)
+    ks = sorted(arguments.n_niches)
     found = {
         (name, k): json.loads(_TRIALS[k].figures(name).read_text()) for name in VARIANTS for k in ks
     }  # fmt: skip
@@ -384,6 +383,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE / "output" / "student_trials")
     parser.add_argument("--docs", type=Path, default=DOCS, help="where page and figures go")
     parser.add_argument("--seed", type=int, default=0, help="of the teachers")
+    parser.add_argument("--n-niches", type=int, nargs="+", default=[20, 10], help="of the teachers")
     parser.add_argument("--jobs", type=int, default=1, help="students at a time")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
