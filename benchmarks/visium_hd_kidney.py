@@ -43,6 +43,8 @@ SYMMETRIES = 4
 N_LATENT = 20
 N_GENES = 2000
 N_TYPES = 12
+N_STEPS = 300
+"""Of a student, at either width: the least that the package takes by default."""
 QUICK_STEPS = 10
 K = (6, 10)
 MAIN = 16
@@ -99,8 +101,8 @@ def run(sdata: SpatialData, bin_um: int, k: int, seed: int, arguments: argparse.
     """Teacher, student, baselines and glomeruli of one seed; labels go to a file of ``output``."""
     start = time.perf_counter()
     table, output = sdata["table"], arguments.output
-    n_steps = QUICK_STEPS if arguments.quick else None
-    hn.tl.nolan(table, n_niches=k, use_rep="X_niche_pca", n_steps=n_steps, seed=seed)
+    teacher_steps, n_steps = (QUICK_STEPS, QUICK_STEPS) if arguments.quick else (None, N_STEPS)
+    hn.tl.nolan(table, n_niches=k, use_rep="X_niche_pca", n_steps=teacher_steps, seed=seed)
     hn.tl.distill_niches(
         table, n_niches=k, encoder=ENCODER, use_rep="X_niche_pca", model_dir=output / f"model_{bin_um}um_k{k}_{seed}",
         overwrite=True, n_steps=n_steps, seed=seed,
@@ -208,7 +210,7 @@ PAGE = """# Visium HD kidney: niches and glomeruli from real H&E
 A crop of 2 x 2 mm of human kidney (Visium HD, FFPE; 10x Genomics) with the section's own **H&E scan**, at 2.008 um/px, coarse
 for histology. The unit is a bin, not a cell. The main table is of {main} um bins (sums of 2 x 2 bins of 8 um); bins of {other} um
 follow below. The teacher is NOLAN on {n_latent} principal components of {n_genes:,} variable genes, the student sees
-EfficientNet-Lite0 (ImageNet weights) dense features at {um_per_px} um/px, means over {symmetries} mirror images. Mean ± SD of {seeds} seeds, each with its own teacher.
+EfficientNet-Lite0 (ImageNet weights) dense features at {um_per_px} um/px, means over {symmetries} mirror images, in {steps} steps. Mean ± SD of {seeds} seeds, each with its own teacher.
 
 The second of four horizontal strips is held out: {test:,} test bins of {n:,}, {train:,} for training, {left_out:,} in the
 buffer of {buffer:.0f} um on either side: three times the neighbourhoods' radius of {radius:.0f} um, which gives 50 neighbours (two hops of
@@ -396,7 +398,7 @@ def report(arguments: argparse.Namespace, results: dict[str, dict[str, Any]]) ->
 
     page = PAGE.format(
         main=MAIN, other=OTHER, n=table.n_obs, test=split["test"], train=split["train"], left_out=split["buffer"],
-        buffer=buffer, block=_kidney.BLOCK, radius=radius, seeds=arguments.seeds, um_per_px=UM_PER_PX, symmetries=SYMMETRIES, field=FIELD_OF_VIEW, n_genes=N_GENES, n_latent=N_LATENT,
+        buffer=buffer, block=_kidney.BLOCK, radius=radius, seeds=arguments.seeds, steps=N_STEPS, um_per_px=UM_PER_PX, symmetries=SYMMETRIES, field=FIELD_OF_VIEW, n_genes=N_GENES, n_latent=N_LATENT,
         n_types=N_TYPES, smoothing=_kidney.SMOOTHING, least=_kidney.LEAST_AREA,
         models=tables(MAIN), others=tables(OTHER), verdict=verdict(flat, MAIN), verdict_other=verdict(flat, OTHER),
         glomeruli=glomeruli_table(flat, results, settings), genes=genes_table(flat, settings), trials=trials_text(arguments.output), cores=os.cpu_count(),

@@ -238,7 +238,7 @@ class NicheStudent:
         train_cells
             (n,) bool; all by default.
         n_steps
-            Training steps; by default as many as show each training cell twice, between 300 and 1,500.
+            Training steps; by default as many as show each training cell five times, between 300 and 1,500.
         batch_size, lr, weight_decay
             Schedule of the optimiser.
         max_tokens, keep
@@ -255,7 +255,7 @@ class NicheStudent:
         n_steps, batch_size, lr, seed = training_settings(n_steps=n_steps, batch_size=batch_size, lr=lr, seed=seed)
         rows = np.arange(graph.n_cells) if train_cells is None else np.flatnonzero(train_cells)
         config = self.config
-        n_steps = n_steps or default_steps(len(rows), batch_size, epochs=2, least=300, most=1500)
+        n_steps = n_steps or default_steps(len(rows), batch_size, epochs=5, least=300, most=1500)
         sample = rows
         if len(rows) > _STATISTICS_CELLS:
             sample = np.sort(np.random.default_rng(seed).choice(rows, _STATISTICS_CELLS, replace=False))

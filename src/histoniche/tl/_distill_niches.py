@@ -121,7 +121,7 @@ def distill_niches(
     width, depth
         Size of the student's Transformer.
     n_steps
-        Training steps of the student; by default as many as show each training cell twice, between 300 and 1,500.
+        Training steps of the student; by default as many as show each training cell five times, between 300 and 1,500.
     batch_size, lr
         Training of the student.
     model_dir
