@@ -52,8 +52,8 @@ TISSUES = {
 
 
 # -------------------------------------------------------------------------------------------------------------- tissue
-def pancreas(data: Path, tissue: Path | None, n_cells: int | None) -> SpatialData:
-    """The cells around the middle of the section, over its whole height, with their part of the virtual H&E; or all cells."""
+def pancreas(data: Path, tissue: Path | None, n_cells: int) -> SpatialData:
+    """The cells around the middle of the section, over its whole height, with their part of the virtual H&E."""
     import spatialdata
 
     if tissue is not None:
@@ -65,7 +65,7 @@ def pancreas(data: Path, tissue: Path | None, n_cells: int | None) -> SpatialDat
     return part_of(sdata, table[around_middle(table.obsm["spatial"], n_cells)].copy(), "virtual_he", 0.425)
 
 
-def around_middle(xy: np.ndarray, n_cells: int | None) -> np.ndarray:
+def around_middle(xy: np.ndarray, n_cells: int) -> np.ndarray:
     """The cells nearest to the middle along x, at any height."""
     x = xy[:, 0]
     return np.sort(np.argsort(np.abs(x - (x.min() + x.max()) / 2))[:n_cells])
@@ -220,11 +220,6 @@ def run_all(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
             mine["speed"] = speed(sdata, tissue.um_per_px, arguments.timed_crops)
             print(name, mine["speed"], flush=True)
             write_json(done, results)
-        if name == "pancreas" and "whole" not in mine:
-            whole = pancreas(arguments.data, arguments.tissue, None)
-            mine["whole"] = speed(whole, tissue.um_per_px, arguments.timed_crops)
-            print(name, "whole", mine["whole"], flush=True)
-            write_json(done, results)
         embed(sdata, name, arguments)
         if "agreement" not in mine:
             mine["agreement"] = agreement(sdata)
@@ -249,7 +244,6 @@ def summary(results: dict[str, dict[str, Any]]) -> dict[str, float]:
     for name, mine in results.items():
         for part in ("speed", "agreement"):
             flat |= {f"{name}.{key}": round(float(value), 4) for key, value in mine[part].items()}
-        flat |= {f"{name}.whole.{key}": round(float(value), 4) for key, value in mine.get("whole", {}).items()}
         students = list(mine["students"].values())
         for mode in MODES:
             for figure in ("ari", "nmi"):
@@ -305,11 +299,6 @@ def tables(flat: dict[str, float]) -> str:
             f"A crop has {CROP_PX**2:,} px, and a cell's own share of the tissue {share:,.0f}: {CROP_PX**2 / share:,.0f} times fewer. The margins around "
             "tiles take some of that back, most on a narrow part of a tissue; the last layers, which dense mode leaves out, give some."
         )
-        if "whole.ratio" in f:
-            why += (
-                f" On the whole section ({f['whole.cells']:,.0f} cells on {f['whole.area_mm2']:.1f} mm2) dense mode does {f['whole.dense_cells_per_s']:,.0f} "
-                f"cells/s, crops {f['whole.crop_cells_per_s']:.0f}: **{f['whole.ratio']:.0f} times** as fast."
-            )
         parts.append(
             "\n".join(
                 [
