@@ -11,6 +11,7 @@ from lightly.loss import VICRegLoss
 from safetensors.torch import save_file
 from scipy.spatial import cKDTree
 from torch import Tensor, nn
+from xenium_pancreas import ENCODER
 
 from histoniche import encoders
 from histoniche._random import isolated_rng
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
     from student_trials import Cells, Strip
 
-ENCODER = "efficientnet-lite0"
 IMAGE_UM, UM = 0.425, 0.5
 """um/px of the image, and of the encoder."""
 TILE, MARGIN, BATCH, STEPS = 512, 32, 4, 120

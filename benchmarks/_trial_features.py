@@ -11,6 +11,7 @@ import numpy as np
 import shapely
 from spatialdata import SpatialData, read_zarr
 from spatialdata.models import TableModel
+from xenium_pancreas import ENCODER, SYMMETRIES
 
 import histoniche as hn
 
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     import xarray as xr
     from student_trials import Cells, Strip
 
-ENCODER = "efficientnet-lite0"
-SYMMETRIES = 4
 N_STRIDE_8 = 40
 """The first features are those of stride 8, the others those of stride 16."""
 STAINS = {"stain a": (0.8, 1.15, 1.0), "stain b": (1.2, 0.9, 1.15)}

@@ -50,7 +50,7 @@ PENALTY = 0.01
 """Of the probes, the same for all features."""
 DECAY = 0.98
 BASE_SEEDS = 3
-FIGURES = {"ari": 3, "nmi": 3, "jsd": 3}
+FIGURES = ("ari", "nmi", "jsd")
 
 
 # --------------------------------------------------------------------------------------------------------- what is tried

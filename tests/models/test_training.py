@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from histoniche.models import _training
 from histoniche.models._features import Joined, take
-from histoniche.models._training import epoch_batches, train, warmup_cosine
+from histoniche.models._training import default_steps, epoch_batches, train, warmup_cosine
 
 
 def fit(n_steps: int, bad: int | None = None, stop: int | None = None) -> tuple[nn.Module, dict[str, list[float]]]:
@@ -100,6 +100,11 @@ def test_take_from_memory_and_from_a_store() -> None:
         found = take(source, cells)
         assert found.dtype == np.float32
         np.testing.assert_array_equal(found, features.astype(np.float32)[cells])
+
+
+def test_default_steps_show_each_cell_so_often_within_bounds() -> None:
+    steps = [default_steps(n, 256, epochs=5, least=300, most=1500) for n in (100, 15_360, 25_600, 25_601, 1_000_000)]
+    assert steps == [300, 300, 500, 501, 1500]
 
 
 def test_schedule() -> None:
